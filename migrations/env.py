@@ -1,0 +1,41 @@
+"""Runs the migrations on the connection that `ebbs_and_flows.schema` hands over, or on `sqlalchemy.url` of alembic.ini.
+
+The version table is this library's own, so that a host's Alembic history in the same database is left alone.
+"""
+
+from alembic import context
+from sqlalchemy import create_engine, pool
+
+from ebbs_and_flows.persistence.tables import build_tables
+
+VERSION_TABLE = "ebbs_alembic_version"
+
+
+def configure(**how: object) -> None:
+    schema = context.config.attributes.get("schema")
+    context.configure(
+        target_metadata=build_tables(schema).metadata,
+        version_table=VERSION_TABLE,
+        version_table_schema=schema,
+        include_schemas=schema is not None,
+        **how,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def run() -> None:
+    attributes = context.config.attributes
+    if context.is_offline_mode():
+        dialect = attributes.get("dialect")
+        url = None if dialect else context.config.get_main_option("sqlalchemy.url")
+        configure(url=url, dialect_name=dialect, literal_binds=True)
+    elif "connection" in attributes:
+        configure(connection=attributes["connection"])
+    else:
+        engine = create_engine(context.config.get_main_option("sqlalchemy.url"), poolclass=pool.NullPool)
+        with engine.connect() as connection:
+            configure(connection=connection)
+
+
+run()

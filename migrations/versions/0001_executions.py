@@ -1,0 +1,130 @@
+"""Executions, attempts and transitions.
+
+Revision ID: 0001
+Revises:
+"""
+
+import sqlalchemy as sa
+from alembic import context, op
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+Id = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+Time = sa.DateTime(timezone=True).with_variant(sa.Text(), "sqlite")
+Json = sa.JSON().with_variant(sa.Text(), "sqlite")
+
+FLOW_STATUSES = "('CREATED', 'SCHEDULED', 'RUNNING', 'SUCCEEDED', 'FAILED', 'RESCHEDULED', 'CANCELLED')"
+TASK_STATUSES = "('RUNNING', 'SUCCEEDED', 'FAILED')"
+FAILURES = "('EXCEPTION', 'TIMEOUT', 'LOST', 'STOPPED', 'CANCELLED')"
+
+
+def upgrade() -> None:
+    schema = context.config.attributes.get("schema")
+    executions = f"{schema}.ebbs_flow_executions" if schema else "ebbs_flow_executions"
+
+    op.create_table(
+        "ebbs_flow_executions",
+        sa.Column("execution_id", Id, sa.Identity(), primary_key=True),
+        sa.Column("template_name", sa.String(255), nullable=False),
+        sa.Column("status", sa.String(16), nullable=False),
+        sa.Column("execution_step", sa.Integer, nullable=False),
+        sa.Column("current_task_index", sa.Integer, nullable=False),
+        sa.Column("epoch", sa.Integer, nullable=False),
+        sa.Column("priority", sa.Integer, nullable=False),
+        sa.Column("queue", sa.String(255), nullable=False),
+        sa.Column("idempotency_key", sa.String(255)),
+        sa.Column("run_at", Time, nullable=False),
+        sa.Column("created_at", Time, nullable=False),
+        sa.Column("updated_at", Time, nullable=False),
+        sa.Column("started_at", Time),
+        sa.Column("finished_at", Time),
+        sa.Column("lease_owner", sa.String(255)),
+        sa.Column("lease_expires_at", Time),
+        sa.CheckConstraint(f"status IN {FLOW_STATUSES}", name="ck_ebbs_flow_executions_status"),
+        schema=schema,
+        sqlite_autoincrement=True,
+        postgresql_with={"fillfactor": 70},
+    )
+    for name, columns, where, unique in (
+        (
+            "ix_ebbs_flow_executions_due",
+            [sa.text("priority DESC"), "run_at", "execution_id"],
+            "status IN ('SCHEDULED', 'RESCHEDULED')",
+            False,
+        ),
+        ("ix_ebbs_flow_executions_lease", ["lease_expires_at"], "status = 'RUNNING'", False),
+        ("ix_ebbs_flow_executions_failed", ["execution_id"], "status = 'FAILED'", False),
+        ("uq_ebbs_flow_executions_idempotency_key", ["idempotency_key"], "idempotency_key IS NOT NULL", True),
+    ):
+        op.create_index(
+            name,
+            "ebbs_flow_executions",
+            columns,
+            unique=unique,
+            schema=schema,
+            postgresql_where=sa.text(where),
+            sqlite_where=sa.text(where),
+        )
+
+    op.create_table(
+        "ebbs_task_executions",
+        sa.Column(
+            "flow_execution_id",
+            Id,
+            sa.ForeignKey(f"{executions}.execution_id", ondelete="CASCADE"),
+            primary_key=True,
+            autoincrement=False,
+        ),
+        sa.Column("flow_execution_step", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("task_index", sa.Integer, nullable=False),
+        sa.Column("name", sa.String(255), nullable=False),
+        sa.Column("attempt", sa.Integer, nullable=False),
+        sa.Column("epoch", sa.Integer, nullable=False),
+        sa.Column("status", sa.String(16), nullable=False),
+        sa.Column("failure", sa.String(16)),
+        sa.Column("error_type", sa.String(255)),
+        sa.Column("output", sa.Text),
+        sa.Column("entries", Json),
+        sa.Column("entry_types", Json),
+        sa.Column("dropped", Json),
+        sa.Column("started_at", Time, nullable=False),
+        sa.Column("finished_at", Time),
+        sa.Column("worker", sa.String(255)),
+        sa.CheckConstraint(f"status IN {TASK_STATUSES}", name="ck_ebbs_task_executions_status"),
+        sa.CheckConstraint(f"failure IN {FAILURES}", name="ck_ebbs_task_executions_failure"),
+        schema=schema,
+    )
+
+    op.create_table(
+        "ebbs_flow_transitions",
+        sa.Column(
+            "flow_execution_id",
+            Id,
+            sa.ForeignKey(f"{executions}.execution_id", ondelete="CASCADE"),
+            primary_key=True,
+            autoincrement=False,
+        ),
+        sa.Column("flow_execution_step", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("from_status", sa.String(16)),
+        sa.Column("to_status", sa.String(16), nullable=False),
+        sa.Column("at", Time, nullable=False),
+        sa.Column("worker", sa.String(255)),
+        sa.Column("reason", sa.Text),
+        sa.Column("task_index", sa.Integer, nullable=False),
+        sa.Column("entries", Json),
+        sa.Column("entry_types", Json),
+        sa.Column("dropped", Json),
+        sa.CheckConstraint(f"from_status IN {FLOW_STATUSES}", name="ck_ebbs_flow_transitions_from_status"),
+        sa.CheckConstraint(f"to_status IN {FLOW_STATUSES}", name="ck_ebbs_flow_transitions_to_status"),
+        schema=schema,
+    )
+
+
+def downgrade() -> None:
+    schema = context.config.attributes.get("schema")
+    op.drop_table("ebbs_flow_transitions", schema=schema)
+    op.drop_table("ebbs_task_executions", schema=schema)
+    op.drop_table("ebbs_flow_executions", schema=schema)

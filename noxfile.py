@@ -1,0 +1,95 @@
+"""All checks of this repository, each in an environment of its own: `nox -s demo`, `nox -s tests`, `nox --list`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False  # a Python that is not installed is reported as skipped
+nox.options.sessions = ["lint", "types", "wheel", "tests"]
+
+ROOT = Path(__file__).parent
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+
+RUNNING_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+PYTHONS = list(dict.fromkeys([*nox.project.python_versions(PYPROJECT), RUNNING_PYTHON]))
+
+SQLALCHEMY = {"2.0": "sqlalchemy>=2.0.47,<2.1", "2.1": "sqlalchemy>=2.1,<2.2"}
+COMBINATIONS = [
+    (python, line) for python in PYTHONS for line in SQLALCHEMY if (python, line) != ("3.10", "2.1")
+]  # SQLAlchemy 2.1 needs Python 3.11
+
+# nox looks for interpreters on PATH. pyenv's stand in folders of their own, and its shims answer only for the versions
+# that are switched on.
+PYENV_ROOT = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+PYENV_FOLDERS = [str(folder) for python in PYTHONS for folder in sorted(PYENV_ROOT.glob(f"versions/{python}.*/bin"))]
+os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *PYENV_FOLDERS])
+
+
+def group(name: str) -> list[str]:
+    """Return the requirements of one of the dependency groups in pyproject.toml."""
+    return list(nox.project.dependency_groups(PYPROJECT, name))
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run the weather example."""
+    session.install(".[cli]", *group("demo"))
+    session.run("python", "-m", "examples.weather", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("python,sqlalchemy", COMBINATIONS)
+def tests(session: nox.Session, sqlalchemy: str) -> None:
+    """Run all tests, on SQLite and PostgreSQL, with each installed Python and each line of SQLAlchemy."""
+    session.install(".[postgres,cli]", SQLALCHEMY[sqlalchemy], *group("test"))
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format and the direction of imports."""
+    session.install(*group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports", env={"PYTHONPATH": "src"})
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the library."""
+    session.install(".[postgres,cli]", *group("types"))
+    session.run("mypy")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build sdist and wheel; use the wheel, installed outside the checkout, as a user would."""
+    session.install(*group("build"))
+    with tempfile.TemporaryDirectory() as folder:
+        built, empty = Path(folder, "dist"), Path(folder, "empty")
+        session.run("python", "-m", "build", "--outdir", str(built))  # the wheel is built from the sdist
+        (wheel_file,) = built.glob("*.whl")
+
+        session.run("python", "-m", "venv", str(Path(folder, "venv")))
+        scripts = Path(folder, "venv", "Scripts" if os.name == "nt" else "bin")
+        python, ebbs = str(scripts / "python"), str(scripts / "ebbs")
+        session.run(python, "-m", "pip", "install", "--quiet", f"{wheel_file}[cli]", external=True)
+
+        empty.mkdir()
+        script = shutil.copy(ROOT / "tests" / "installed_wheel.py", folder)
+        env = {"EBBS_DATABASE_URL": f"sqlite:///{Path(folder, 'flows.db')}"}
+        with session.chdir(empty):
+            session.run(ebbs, "db", "upgrade", env=env, external=True)
+            session.run(python, script, env=env, external=True)
+            listed = session.run(ebbs, "runs", "list", env=env, external=True, silent=True)
+        if "installed-wheel" not in str(listed):
+            session.error(f'"ebbs runs list" does not show the flow that ran:\n{listed}')

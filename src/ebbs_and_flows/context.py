@@ -1,0 +1,387 @@
+"""The execution context: the named Python objects that travel from task to task."""
+
+from __future__ import annotations
+
+import copy
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, TypeVar, overload
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+from ebbs_and_flows.codec import EncodedValue, decode_value, encode_value
+from ebbs_and_flows.errors import (
+    DuplicateEntryError,
+    EbbsError,
+    FrozenContextError,
+    InvalidContextError,
+    InvalidEntryError,
+    MissingEntryError,
+)
+from ebbs_and_flows.names import valid_name
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+_MISSING: Final[Any] = object()
+_SHOWN_ENTRIES = 20
+
+# Values of these types cannot be mutated, so an entry read as one needs no live value of its own.
+_IMMUTABLE_TYPES = frozenset(
+    ("null", "bool", "int", "float", "str", "str:escaped", "bytes", "Decimal", "UUID", "date", "datetime", "time")
+) | {"timedelta", "Path", "Path:escaped"}
+_SCALARS = frozenset((bool, int, float, str, bytes))
+
+
+class _Live:
+    """An entry's value in memory, and the stored form that it was read from, if any."""
+
+    __slots__ = ("origin", "value")
+
+    def __init__(self, value: Any, origin: EncodedValue | None = None) -> None:
+        self.value = value
+        self.origin = origin
+
+    def encode(self, name: str) -> EncodedValue:
+        encoded = encode_value(self.value, name)
+        return self.origin if self.origin is not None and encoded == self.origin else encoded
+
+    def copy(self) -> _Live:
+        try:
+            return _Live(copy.deepcopy(self.value), self.origin)
+        except Exception:  # deepcopy runs code of the value's class; a value that cannot be copied is shared
+            return _Live(self.value, self.origin)
+
+
+@dataclass(frozen=True, slots=True)
+class ContextDelta:
+    """What one task made of the context it was given.
+
+    Attributes:
+        entries: the entries that it added or changed, as they are stored.
+        dropped: the names of those that it left out.
+    """
+
+    entries: dict[str, EncodedValue]
+    dropped: tuple[str, ...] = ()
+
+
+class ExecutionContext(Mapping[str, Any]):
+    """Named values, each of which comes back from the database as what was put in: the same type, the same value.
+
+    A context that you make is yours to fill with `set`; its values are stored when the flow is scheduled. The context
+    handed to a task is read-only, and each read of an entry gives a value of the task's own: mutating it changes
+    nothing stored. A task adds entries with `return context.copy(receipt=receipt)`.
+
+    Args:
+        mapping: entries by name, or another context; then the new one is an independent copy of it.
+        entries: more entries.
+
+    Raises:
+        InvalidNameError: a name that is no str, blank, of more than 255 characters, or with control characters or lone
+            surrogates. Names are normalised to NFC.
+        DuplicateEntryError: a name that is given twice.
+        InvalidContextError: `mapping` is no mapping.
+    """
+
+    __slots__ = ("_entries", "_frozen")
+
+    _entries: dict[str, EncodedValue | _Live]
+    _frozen: bool
+
+    def __init__(self, mapping: Mapping[str, Any] | None = None, /, **entries: Any) -> None:
+        self._entries = {}
+        self._frozen = False
+        if isinstance(mapping, ExecutionContext):
+            self._entries = mapping._copied_entries()
+        elif mapping is not None:
+            self._add(mapping)
+        self._add(entries)
+
+    @classmethod
+    def from_encoded(cls, entries: Mapping[str, EncodedValue]) -> ExecutionContext:
+        """Make a read-only context of stored entries. Nothing is decoded before it is read.
+
+        Args:
+            entries: stored entries by name; the names are taken as they are.
+        """
+        context = ExecutionContext()
+        context._entries = dict(entries)
+        context._frozen = True
+        return context
+
+    @property
+    def frozen(self) -> bool:
+        """Whether this context is read-only."""
+        return self._frozen
+
+    # --- reading ---
+
+    @overload
+    def get(self, name: str) -> Any: ...
+    @overload
+    def get(self, name: str, default: D) -> Any | D: ...
+    def get(self, name: str, default: Any = _MISSING) -> Any:
+        """Give an entry's value.
+
+        Args:
+            name: the entry.
+            default: what to give where there is no such entry; without it that is an error.
+
+        Raises:
+            MissingEntryError: there is no such entry, and no default.
+            UnknownTypeError: its type is not registered in this process.
+            UndecodableValueError: what is stored does not fit its type.
+        """
+        if default is _MISSING:
+            return self[name]
+        return self[name] if name in self else default  # noqa: SIM401  # this is get
+
+    @overload
+    def get_as(self, name: str, expected: type[T]) -> T: ...
+    @overload
+    def get_as(self, name: str, expected: Any) -> Any: ...
+    def get_as(self, name: str, expected: Any) -> Any:
+        """Give an entry's value, validated by Pydantic as this type.
+
+        Args:
+            name: the entry.
+            expected: a class, or any annotation that Pydantic knows: `Order`, `list[Order]`, `int | None`.
+
+        Raises:
+            MissingEntryError: there is no such entry.
+            InvalidEntryError: the value does not fit the type.
+        """
+        value = self[name]
+        if type(value) is expected and expected in _SCALARS:
+            return value  # every one of them, also those that Pydantic's str refuses
+        try:
+            return _adapter(expected).validate_python(value)
+        except ValidationError as error:
+            raise InvalidEntryError(name, expected, _problems(error)) from error
+        except PydanticUserError as error:
+            raise InvalidEntryError(name, expected, f"Pydantic cannot validate this type: {error.message}") from error
+
+    def __getitem__(self, name: str) -> Any:
+        key = self._key(name)
+        if key is None:
+            raise MissingEntryError(name, self._entries)
+        entry = self._entries[key]
+        if isinstance(entry, _Live):
+            return entry.value
+        value = decode_value(entry, key)
+        if not self._frozen and entry.type_name not in _IMMUTABLE_TYPES and not entry.type_name.startswith(_ZONED):
+            self._entries[key] = _Live(value, entry)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return self._key(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    # --- making contexts ---
+
+    def set(self, name: str, value: Any) -> None:
+        """Add an entry.
+
+        Raises:
+            FrozenContextError: this context is read-only: return `context.copy(...)` instead.
+            InvalidNameError: the name cannot be stored.
+            DuplicateEntryError: the entry is already there.
+        """
+        if self._frozen:
+            raise FrozenContextError(name)
+        self._add({name: value})
+
+    def copy(self, mapping: Mapping[str, Any] | None = None, /, **new: Any) -> ExecutionContext:
+        """Give an independent, mutable copy with new entries.
+
+        Values in memory are copied deeply; one that cannot be copied is shared.
+
+        Raises:
+            InvalidNameError: a new name cannot be stored.
+            DuplicateEntryError: a new name is already there.
+            InvalidContextError: `mapping` is no mapping.
+        """
+        copied = ExecutionContext()
+        copied._entries = self._copied_entries()
+        if mapping is not None:
+            copied._add(mapping)
+        copied._add(new)
+        return copied
+
+    def without(self, *names: str) -> ExecutionContext:
+        """Give an independent, mutable copy less these entries.
+
+        Raises:
+            MissingEntryError: one of them is not there.
+        """
+        left_out = set()
+        for name in names:
+            key = self._key(name)
+            if key is None:
+                raise MissingEntryError(name, self._entries)
+            left_out.add(key)
+        smaller = ExecutionContext()
+        smaller._entries = self._copied_entries(left_out)
+        return smaller
+
+    # --- storing ---
+
+    def encode(self) -> dict[str, EncodedValue]:
+        """Give the entries as they are stored. One that was read from the database and not changed is the same object.
+
+        Raises:
+            UnserializableValueError: a value that cannot be stored; the error has the path to it.
+        """
+        return {
+            name: entry.encode(name) if isinstance(entry, _Live) else entry for name, entry in self._entries.items()
+        }
+
+    def delta_from(self, base: ExecutionContext) -> ContextDelta:
+        """Give what a task that was given `base` has added, changed and dropped in this context.
+
+        Raises:
+            UnserializableValueError: a value that cannot be stored; the error has the path to it.
+        """
+        before, after = base._stored(), self._stored()
+        entries = {}
+        for name, encoded in after.items():
+            earlier = before.get(name)
+            if earlier is not encoded and earlier != encoded:
+                entries[name] = encoded
+        return ContextDelta(entries, tuple([name for name in before if name not in after]))
+
+    def fold(self, delta: ContextDelta) -> ExecutionContext:
+        """Give the read-only context that follows: less what was dropped, what was added or changed at the end."""
+        gone = delta.entries.keys() | delta.dropped
+        entries = {name: encoded for name, encoded in self._stored().items() if name not in gone}
+        entries.update(delta.entries)
+        return ExecutionContext.from_encoded(entries)
+
+    # --- as an object ---
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        if len(self) != len(other) or any(name not in other for name in self):
+            return False
+        return all(self._entry_equals(name, other) for name in self._entries)
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, as dict is
+
+    def __repr__(self) -> str:
+        shown = [f"{name}: {_shown_type(entry)}" for name, entry in list(self._entries.items())[:_SHOWN_ENTRIES]]
+        if len(self._entries) > _SHOWN_ENTRIES:
+            shown.append(f"and {len(self._entries) - _SHOWN_ENTRIES} more")
+        return f"<ExecutionContext {', '.join(shown)}>" if shown else "<ExecutionContext, empty>"
+
+    def __copy__(self) -> ExecutionContext:
+        return self.__deepcopy__(None)
+
+    def __deepcopy__(self, memo: object) -> ExecutionContext:
+        return ExecutionContext.from_encoded(self._stored()) if self._frozen else self.copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        live = {name: entry.value if isinstance(entry, _Live) else entry for name, entry in self._entries.items()}
+        return _restored, (live, self._frozen)
+
+    # --- inside ---
+
+    def _add(self, entries: Mapping[str, Any]) -> None:
+        if not isinstance(entries, Mapping):
+            raise InvalidContextError(entries)
+        for given, value in entries.items():
+            name = _entry_name(given)
+            if name in self._entries:
+                raise DuplicateEntryError(name)
+            self._entries[name] = _Live(value)
+
+    def _key(self, name: object) -> str | None:
+        """Give the name under which the entry is there, `None` where it is not."""
+        if not isinstance(name, str):
+            return None
+        if name in self._entries:
+            return name
+        if name.isascii():
+            return None
+        normal = unicodedata.normalize("NFC", name)
+        return normal if normal in self._entries else None
+
+    def _copied_entries(self, left_out: Collection[str] = ()) -> dict[str, EncodedValue | _Live]:
+        if self._frozen and not left_out:
+            return self._entries.copy()
+        return {
+            name: entry.copy() if isinstance(entry, _Live) else entry
+            for name, entry in self._entries.items()
+            if name not in left_out
+        }
+
+    def _stored(self) -> dict[str, EncodedValue]:
+        return self._entries if self._frozen else self.encode()  # type: ignore[return-value]  # frozen: all are encoded
+
+    def _entry_equals(self, name: str, other: Mapping[str, Any]) -> bool:
+        mine = self._entries[name]
+        theirs = other._entries.get(name) if isinstance(other, ExecutionContext) else None
+        if isinstance(mine, EncodedValue) and isinstance(theirs, EncodedValue):
+            return mine == theirs
+        try:
+            left, right = self[name], other[name]
+        except EbbsError:  # one of them cannot be read here, so nobody can say that they are equal
+            return False
+        return left is right or bool(left == right)
+
+
+def _entry_name(name: object) -> str:
+    # Of a subclass of str (an Enum, say), its text: what a lookup by it finds.
+    return valid_name("context entry", str.__str__(name) if isinstance(name, str) else name)
+
+
+_ZONED = ("datetime[", "time[")
+
+
+def _restored(entries: dict[str, Any], frozen: bool) -> ExecutionContext:
+    context = ExecutionContext()
+    context._entries = {
+        name: entry if isinstance(entry, EncodedValue) else _Live(entry) for name, entry in entries.items()
+    }
+    context._frozen = frozen
+    return context
+
+
+def _shown_type(entry: EncodedValue | _Live) -> str:
+    return entry.type_name if isinstance(entry, EncodedValue) else type(entry.value).__name__
+
+
+def _adapter(expected: Any) -> TypeAdapter[Any]:
+    try:
+        return _cached_adapter(expected)
+    except TypeError:  # an annotation that cannot be hashed
+        return _new_adapter(expected)
+
+
+def _new_adapter(expected: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(expected)
+    except PydanticSchemaGenerationError:
+        return TypeAdapter(expected, config=ConfigDict(arbitrary_types_allowed=True))
+
+
+# Bounded, because classes made at run time would be kept alive otherwise.
+_cached_adapter = lru_cache(maxsize=512)(_new_adapter)
+
+
+def _problems(error: ValidationError) -> str:
+    """Say what is wrong without showing the value, which may be a secret."""
+    problems = []
+    for problem in error.errors(include_input=False, include_url=False, include_context=False)[:5]:
+        place = ".".join(str(step) for step in problem["loc"])
+        problems.append(f"{place}: {problem['msg']}" if place else problem["msg"])
+    return "; ".join(problems)

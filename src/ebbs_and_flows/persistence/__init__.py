@@ -1,0 +1,1 @@
+"""The database: tables, statements, repositories and the unit of work. Nothing above this package knows SQL."""

@@ -1,0 +1,82 @@
+"""From a URL or an engine to a database that this library can work with."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from sqlalchemy import URL, Connection, Engine, Select, Table, Update, make_url
+from sqlalchemy.exc import ArgumentError
+
+from ebbs_and_flows.errors import DatabaseUrlError
+from ebbs_and_flows.persistence.postgresql import PostgreSQL, create_postgresql_engine
+from ebbs_and_flows.persistence.sqlite import SQLite, create_sqlite_engine
+
+
+class Database(Protocol):
+    """What differs between databases."""
+
+    name: str
+
+    def isolate(self, engine: Engine) -> Engine:
+        """The engine, with the isolation level that this library's own transactions need."""
+
+    def begin_write(self, connection: Connection) -> None:
+        """Begin a transaction that is going to write."""
+
+    def insert(self, table: Table) -> Any:
+        """An INSERT that knows ON CONFLICT DO NOTHING."""
+
+    def claim(self, table: Table, due: Select[Any]) -> Update:
+        """An UPDATE of the rows that `due` selects, which no other worker can update as well."""
+
+
+def database_of(engine: Engine) -> Database:
+    """The database behind an engine.
+
+    Raises:
+        DatabaseUrlError: neither SQLite nor PostgreSQL, or an engine for asyncio.
+    """
+    if not isinstance(engine, Engine):
+        hint = ": pass its sync_engine" if hasattr(engine, "sync_engine") else ""
+        raise DatabaseUrlError(f"expected a database URL or a SQLAlchemy Engine, not {type(engine).__name__}{hint}")
+    _check_is_sync(engine.dialect)
+    if engine.dialect.name == "sqlite":
+        return SQLite()
+    if engine.dialect.name == "postgresql":
+        return PostgreSQL()
+    raise DatabaseUrlError(f"flows are kept in PostgreSQL or SQLite, not in {engine.dialect.name}")
+
+
+def create_engine_for(url: str | URL) -> Engine:
+    """An engine made by this library: it hides parameters in errors, and sets SQLite up to be durable.
+
+    `postgresql://` without a driver means psycopg, on every version of SQLAlchemy.
+
+    Raises:
+        DatabaseUrlError: not a URL of PostgreSQL or SQLite, or its driver is missing. It never shows a password.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise DatabaseUrlError(
+            "this is not a database URL: expected sqlite:///flows.db or postgresql://user@host/database"
+        ) from error
+    backend = parsed.drivername.split("+")[0]
+    if parsed.drivername in ("postgresql", "postgres"):
+        return create_postgresql_engine(parsed.set(drivername="postgresql+psycopg"))
+    if backend == "postgresql":
+        engine = create_postgresql_engine(parsed)
+    elif backend == "sqlite":
+        engine = create_sqlite_engine(parsed)
+    else:
+        raise DatabaseUrlError(f"flows are kept in PostgreSQL or SQLite, not in {backend}")
+    _check_is_sync(engine.dialect)
+    return engine
+
+
+def _check_is_sync(dialect: Any) -> None:
+    if dialect.is_async:
+        raise DatabaseUrlError(
+            f"the driver {dialect.driver!r} is for asyncio: use postgresql+psycopg:// or sqlite:/// here, and call the "
+            "library from asyncio with asyncio.to_thread"
+        )

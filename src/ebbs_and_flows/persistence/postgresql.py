@@ -1,0 +1,70 @@
+"""What differs on PostgreSQL: row locks that let others pass, its clock, its engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, Select, Table, Update, create_engine, update
+from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy.ext.compiler import compiles
+
+from ebbs_and_flows.errors import DatabaseUrlError
+from ebbs_and_flows.persistence.expressions import database_now, latest, seconds_from_now, statement_now
+
+
+class PostgreSQL:
+    """The PostgreSQL side of what the repositories need."""
+
+    name = "postgresql"
+
+    def isolate(self, engine: Engine) -> Engine:
+        """The same engine and pool with READ COMMITTED for this library's own transactions.
+
+        The claim and the fence are reasoned for it; a host's engine may stand at AUTOCOMMIT or SERIALIZABLE.
+        """
+        return engine.execution_options(isolation_level="READ COMMITTED")
+
+    def begin_write(self, connection: Connection) -> None:
+        if not connection.in_transaction():
+            connection.begin()
+
+    def insert(self, table: Table) -> Insert:
+        return insert(table)
+
+    def claim(self, table: Table, due: Select[Any]) -> Update:
+        """An UPDATE of the rows that `due` selects, locked one by one past those that another worker is claiming.
+
+        MATERIALIZED, because a planner that inlines the subquery may run it again and lock more rows than its LIMIT.
+        """
+        chosen = due.with_for_update(skip_locked=True).cte("due").prefix_with("MATERIALIZED")
+        return update(table).where(table.c.execution_id == chosen.c.execution_id)
+
+
+def create_postgresql_engine(url: URL) -> Engine:
+    """An engine with the psycopg driver and SQLAlchemy's default pool (5 connections and 10 more at need)."""
+    try:
+        return create_engine(url, hide_parameters=True)
+    except ModuleNotFoundError as error:
+        raise DatabaseUrlError(
+            f"the PostgreSQL driver {error.name!r} is not installed: pip install 'ebbs-and-flows[postgres]'"
+        ) from error
+
+
+@compiles(database_now, "postgresql")
+def _database_now(_element: Any, _compiler: Any, **_: Any) -> str:
+    return "clock_timestamp()"
+
+
+@compiles(statement_now, "postgresql")
+def _statement_now(_element: Any, _compiler: Any, **_: Any) -> str:
+    return "statement_timestamp()"
+
+
+@compiles(seconds_from_now, "postgresql")
+def _seconds_from_now(element: Any, compiler: Any, **kwargs: Any) -> str:
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kwargs)}))"
+
+
+@compiles(latest, "postgresql")
+def _latest(element: Any, compiler: Any, **kwargs: Any) -> str:
+    return f"GREATEST({compiler.process(element.clauses, **kwargs)})"

@@ -1,0 +1,470 @@
+"""Repositories: rows to records and back, once. Each works within the transaction of its unit of work."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, select
+
+from ebbs_and_flows.checkpoints import AttemptCounts, AttemptEnd, Checkpoint, NextAttempt, Rest
+from ebbs_and_flows.codec import dumps_entries, loads_entries
+from ebbs_and_flows.context import ContextDelta, ExecutionContext
+from ebbs_and_flows.executions import (
+    RUNNABLE_STATUSES,
+    Failure,
+    FlowExecution,
+    FlowFilter,
+    FlowStatus,
+    FlowTransition,
+    TaskExecution,
+    TaskStatus,
+)
+from ebbs_and_flows.persistence.expressions import statement_now
+from ebbs_and_flows.persistence.statements import Statements
+
+NO_CONTEXT = ExecutionContext.from_encoded({})
+
+
+@dataclass(frozen=True)
+class NewExecution:
+    """What an execution begins with."""
+
+    template_name: str
+    status: FlowStatus
+    execution_step: int
+    priority: int = 0
+    queue: str = "default"
+    idempotency_key: str | None = None
+    run_at: datetime | None = None
+    """When it is due; `None` means `delay_seconds` from the database's now."""
+    delay_seconds: float = 0.0
+
+
+class Executions:
+    """`ebbs_flow_executions`."""
+
+    def __init__(self, connection: Connection, statements: Statements) -> None:
+        self._connection = connection
+        self._statements = statements
+        self._table = statements.tables.executions
+
+    def add(self, new: NewExecution) -> tuple[int, datetime] | None:
+        """Insert it; `None` where another execution has its idempotency key.
+
+        Returns:
+            Its id and the time of its creation.
+        """
+        row = self._connection.execute(
+            self._statements.insert_execution,
+            {
+                "new_template_name": new.template_name,
+                "new_status": new.status.value,
+                "new_execution_step": new.execution_step,
+                "new_priority": new.priority,
+                "new_queue": new.queue,
+                "new_idempotency_key": new.idempotency_key,
+                "new_run_at": new.run_at,
+                "new_delay_seconds": new.delay_seconds,
+            },
+        ).one_or_none()
+        return None if row is None else (row.execution_id, row.updated_at)
+
+    def id_of_key(self, idempotency_key: str) -> int | None:
+        """The execution that has this idempotency key."""
+        found = select(self._table.c.execution_id).where(self._table.c.idempotency_key == idempotency_key)
+        return self._connection.execute(found).scalar_one_or_none()
+
+    def get(self, execution_id: int, *, lock: bool = False) -> FlowExecution | None:
+        """The execution, without its context; locked against other writers until the transaction ends if asked."""
+        found = select(self._table).where(self._table.c.execution_id == execution_id)
+        row = self._connection.execute(found.with_for_update() if lock else found).one_or_none()
+        return None if row is None else _to_execution(row)
+
+    def find(self, criteria: FlowFilter) -> list[FlowExecution]:
+        """The executions that match, newest first, without their contexts."""
+        columns = self._table.c
+        found = select(self._table).order_by(columns.execution_id.desc()).limit(criteria.limit)
+        if criteria.template_name is not None:
+            found = found.where(columns.template_name == criteria.template_name)
+        if criteria.statuses is not None:
+            found = found.where(columns.status.in_([status.value for status in criteria.statuses]))
+        if criteria.queue is not None:
+            found = found.where(columns.queue == criteria.queue)
+        if criteria.idempotency_key is not None:
+            found = found.where(columns.idempotency_key == criteria.idempotency_key)
+        if criteria.created_after is not None:
+            found = found.where(columns.created_at >= criteria.created_after)
+        if criteria.created_before is not None:
+            found = found.where(columns.created_at < criteria.created_before)
+        if criteria.before_id is not None:
+            found = found.where(columns.execution_id < criteria.before_id)
+        return [_to_execution(row) for row in self._connection.execute(found)]
+
+    def next_due(self, status: FlowStatus) -> FlowExecution | None:
+        """The execution that a claim from `status` would take first, without its context. Claims nothing."""
+        columns = self._table.c
+        due = (
+            select(self._table)
+            .where(columns.status == status.value, columns.run_at <= statement_now())
+            .order_by(columns.priority.desc(), columns.run_at, columns.execution_id)
+            .limit(1)
+        )
+        row = self._connection.execute(due).one_or_none()
+        return None if row is None else _to_execution(row)
+
+    def seconds_until_due(self, status: FlowStatus, templates: Collection[str]) -> float | None:
+        """How long, by the database's clock, until the next execution in `status` is due; `None` where there is none."""
+        columns = self._table.c
+        soonest = (
+            select(columns.run_at, statement_now().label("now"))
+            .where(columns.status == status.value, columns.template_name.in_(templates))
+            .order_by(columns.run_at)
+            .limit(1)
+        )
+        row = self._connection.execute(soonest).one_or_none()
+        return None if row is None else max(0.0, (row.run_at - row.now).total_seconds())
+
+    def claim_due(
+        self, statuses: Collection[FlowStatus], templates: Collection[str], worker: str, lease_seconds: float, limit: int
+    ) -> list[FlowExecution]:
+        """Take due executions for a worker, in the order in which they are to run: without their contexts.
+
+        It takes two step numbers of each: one for the transition, one for what follows it in the same transaction.
+        """
+        rows = self._connection.execute(
+            self._statements.claim_due,
+            {
+                "the_statuses": [status.value for status in statuses],
+                "the_templates": list(templates),
+                "the_limit": limit,
+                "new_worker": worker,
+                "new_lease_seconds": lease_seconds,
+                "new_numbers": 2,
+            },
+        )
+        claimed = [_to_execution(row) for row in rows]
+        return sorted(claimed, key=lambda each: (-each.priority, each.run_at, each.execution_id))
+
+    def claim_one(
+        self, execution_id: int, worker: str, lease_seconds: float, numbers: int = 2
+    ) -> FlowExecution | None:
+        """Take this execution for a worker, due or not; `None` unless it is SCHEDULED or RESCHEDULED.
+
+        Args:
+            numbers: how many step numbers it takes: one for the transition, one more if an attempt starts with it.
+        """
+        row = self._connection.execute(
+            self._statements.claim_one,
+            {
+                "the_id": execution_id,
+                "new_worker": worker,
+                "new_lease_seconds": lease_seconds,
+                "new_numbers": numbers,
+            },
+        ).one_or_none()
+        return None if row is None else _to_execution(row)
+
+    def advance(self, checkpoint: Checkpoint, then: NextAttempt) -> tuple[datetime, datetime] | None:
+        """Move on to the next attempt, fenced; the time it was, and the new end of the lease; `None` where refused."""
+        row = self._connection.execute(
+            self._statements.advance,
+            {
+                **_fence(checkpoint),
+                "new_task_index": then.task_index,
+                "new_lease_seconds": checkpoint.lease_seconds,
+            },
+        ).one_or_none()
+        return None if row is None else (row.updated_at, row.lease_expires_at)
+
+    def rest(self, checkpoint: Checkpoint, then: Rest) -> datetime | None:
+        """Leave RUNNING, fenced; the time it was, `None` where refused."""
+        row = self._connection.execute(
+            self._statements.rest,
+            {
+                **_fence(checkpoint),
+                "new_step": checkpoint.step + 1,
+                "new_status": then.status.value,
+                "new_task_index": then.task_index,
+                "new_wait_seconds": then.wait_seconds if then.status in RUNNABLE_STATUSES else None,
+            },
+        ).one_or_none()
+        return None if row is None else row.updated_at
+
+    def move(
+        self,
+        execution: FlowExecution,
+        status: FlowStatus,
+        *,
+        step: int,
+        task_index: int,
+        wait_seconds: float | None = None,
+    ) -> datetime:
+        """Change the status of an execution that this transaction has locked; the time it was.
+
+        Args:
+            step: the number that the transition takes.
+            wait_seconds: after which it is due again; `None` leaves `run_at` as it is.
+        """
+        row = self._connection.execute(
+            self._statements.move,
+            {
+                "the_id": execution.execution_id,
+                "the_step": execution.execution_step,
+                "new_step": step,
+                "new_status": status.value,
+                "new_task_index": task_index,
+                "new_wait_seconds": wait_seconds,
+            },
+        ).one()
+        return row.updated_at  # type: ignore[no-any-return]  # a row's attributes are Any
+
+    def touch(self, execution: FlowExecution, task_index: int) -> datetime:
+        """Set the current index of an execution that this transaction has locked; the time it was."""
+        row = self._connection.execute(
+            self._statements.touch, {"the_id": execution.execution_id, "new_task_index": task_index}
+        ).one()
+        return row.updated_at  # type: ignore[no-any-return]  # a row's attributes are Any
+
+
+class Attempts:
+    """`ebbs_task_executions`."""
+
+    def __init__(self, connection: Connection, statements: Statements) -> None:
+        self._connection = connection
+        self._statements = statements
+        self._table = statements.tables.attempts
+
+    def start(
+        self, execution: FlowExecution, step: int, task_index: int, name: str, attempt: int, at: datetime
+    ) -> TaskExecution:
+        """Write the attempt as RUNNING, before its task runs."""
+        started = TaskExecution(
+            flow_execution_id=execution.execution_id,
+            flow_execution_step=step,
+            task_index=task_index,
+            name=name,
+            attempt=attempt,
+            status=TaskStatus.RUNNING,
+            started_at=at,
+            worker=execution.lease_owner,
+        )
+        self.add(started, execution.epoch)
+        return started
+
+    def add(self, attempt: TaskExecution, epoch: int) -> None:
+        """Insert an attempt that has started."""
+        self._connection.execute(
+            self._statements.insert_attempt,
+            {
+                "flow_execution_id": attempt.flow_execution_id,
+                "flow_execution_step": attempt.flow_execution_step,
+                "task_index": attempt.task_index,
+                "name": attempt.name,
+                "attempt": attempt.attempt,
+                "epoch": epoch,
+                "status": attempt.status.value,
+                "started_at": attempt.started_at,
+                "worker": attempt.worker,
+            },
+        )
+
+    def end(self, execution_id: int, step: int, end: AttemptEnd, at: datetime) -> bool:
+        """End an attempt that is RUNNING; False where it is not."""
+        result = self._connection.execute(
+            self._statements.end_attempt,
+            {
+                "the_id": execution_id,
+                "the_step": step,
+                "new_status": end.status.value,
+                "new_failure": end.failure.value if end.failure is not None else None,
+                "new_error_type": end.error_type,
+                "new_output": end.output,
+                "new_finished_at": at,
+                **{f"new_{column}": value for column, value in _delta_to_row(end.delta).items()},
+            },
+        )
+        return result.rowcount == 1
+
+    def end_open(self, execution_id: int, failure: Failure, error_type: str, output: str, at: datetime) -> int:
+        """End as FAILED what is still RUNNING of an execution; how many attempts that were."""
+        result = self._connection.execute(
+            self._statements.end_open_attempts,
+            {
+                "the_id": execution_id,
+                "new_failure": failure.value,
+                "new_error_type": error_type,
+                "new_output": output,
+                "new_finished_at": at,
+            },
+        )
+        return result.rowcount
+
+    def of(self, execution_id: int) -> list[TaskExecution]:
+        """All attempts of an execution, oldest first."""
+        columns = self._table.c
+        found = (
+            select(*(columns[name] for name in _ATTEMPT_COLUMNS))
+            .where(columns.flow_execution_id == execution_id)
+            .order_by(columns.flow_execution_step)
+        )
+        return [TaskExecution(**row._mapping) for row in self._connection.execute(found)]
+
+    def counts(self, execution_ids: Sequence[int]) -> dict[int, dict[str, AttemptCounts]]:
+        """How the attempts have ended so far, by execution and by task name."""
+        counts: dict[int, dict[str, AttemptCounts]] = defaultdict(dict)
+        if execution_ids:
+            for row in self._connection.execute(self._statements.count_attempts, {"the_ids": execution_ids}):
+                counts[row.flow_execution_id][row.name] = AttemptCounts(row.started, int(row.failed), int(row.lost))
+        return counts
+
+
+class Transitions:
+    """`ebbs_flow_transitions`."""
+
+    def __init__(self, connection: Connection, statements: Statements) -> None:
+        self._connection = connection
+        self._statements = statements
+        self._table = statements.tables.transitions
+
+    def add(self, transition: FlowTransition, task_index: int, delta: ContextDelta | None = None) -> None:
+        """Append a transition; `delta` is what its caller changed in the context, at this task."""
+        self._connection.execute(
+            self._statements.insert_transition,
+            {
+                "flow_execution_id": transition.flow_execution_id,
+                "flow_execution_step": transition.flow_execution_step,
+                "from_status": transition.from_status.value if transition.from_status is not None else None,
+                "to_status": transition.to_status.value,
+                "at": transition.at,
+                "worker": transition.worker,
+                "reason": transition.reason,
+                "task_index": task_index,
+                **_delta_to_row(delta),
+            },
+        )
+
+    def of(self, execution_id: int) -> list[FlowTransition]:
+        """All transitions of an execution, oldest first."""
+        columns = self._table.c
+        found = (
+            select(*(columns[name] for name in FlowTransition.model_fields))
+            .where(columns.flow_execution_id == execution_id)
+            .order_by(columns.flow_execution_step)
+        )
+        return [FlowTransition(**row._mapping) for row in self._connection.execute(found)]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an execution's history says of where it stands."""
+
+    context: ExecutionContext
+    """The context as the task at its current index receives it."""
+    completed: tuple[str, ...]
+    """The names of the tasks that it has completed, in order."""
+
+
+class Contexts:
+    """Contexts, folded from the deltas in the attempts and transitions."""
+
+    def __init__(self, connection: Connection, statements: Statements) -> None:
+        self._connection = connection
+        self._statements = statements
+
+    def progress(self, executions: Sequence[FlowExecution]) -> dict[int, Progress]:
+        """Fold the histories of executions that were read before, as they stood then.
+
+        Rows that came later are left out, so it needs no snapshot: their step is beyond the execution's.
+        """
+        if not executions:
+            return {}
+        ids = {"the_ids": [execution.execution_id for execution in executions]}
+        deltas: dict[int, list[_Delta]] = defaultdict(list)
+        for row in self._connection.execute(self._statements.transition_deltas, ids):
+            deltas[row.flow_execution_id].append(_Delta(row.flow_execution_step, row.task_index, None, row))
+        for row in self._connection.execute(self._statements.attempt_deltas, ids):
+            deltas[row.flow_execution_id].append(_Delta(row.flow_execution_step, row.task_index, row.name, row))
+        return {
+            execution.execution_id: _fold(execution, deltas[execution.execution_id]) for execution in executions
+        }
+
+    def with_contexts(self, executions: Sequence[FlowExecution]) -> list[FlowExecution]:
+        """The same executions with their contexts."""
+        progress = self.progress(executions)
+        return [with_context(each, progress[each.execution_id].context) for each in executions]
+
+
+def with_context(execution: FlowExecution, context: ExecutionContext) -> FlowExecution:
+    """The same execution with this context."""
+    return execution.model_copy(update={"execution_context": context})
+
+
+@dataclass(frozen=True)
+class _Delta:
+    step: int
+    task_index: int
+    task_name: str | None
+    row: Row[Any]
+
+    @property
+    def place(self) -> int:
+        """Where it stands in the flow: what a caller set before task i at 2i, what task i itself added at 2i + 1."""
+        return 2 * self.task_index + (0 if self.task_name is None else 1)
+
+
+def _fold(execution: FlowExecution, deltas: Iterable[_Delta]) -> Progress:
+    """Replay the deltas by step: a later one at the same or an earlier place supersedes what stood from there on.
+
+    That is what a re-run from an earlier task means: the results after it are history, not context.
+    """
+    standing: list[_Delta] = []
+    for delta in sorted(deltas, key=lambda each: each.step):
+        if delta.step > execution.execution_step:
+            break
+        while standing and (
+            standing[-1].place > delta.place or (standing[-1].place == delta.place and delta.task_name is not None)
+        ):
+            standing.pop()
+        standing.append(delta)
+    context = NO_CONTEXT
+    completed: list[str] = []
+    for delta in standing:
+        if delta.place > 2 * execution.current_task_index:
+            break
+        if delta.task_name is not None:
+            completed.append(delta.task_name)
+        if delta.row.entries is not None:
+            context = context.fold(_delta_of_row(delta.row))
+    return Progress(context, tuple(completed))
+
+
+_ATTEMPT_COLUMNS = tuple(TaskExecution.model_fields)
+
+
+def _to_execution(row: Row[Any]) -> FlowExecution:
+    return FlowExecution(**row._mapping, execution_context=NO_CONTEXT)
+
+
+def _fence(checkpoint: Checkpoint) -> dict[str, int]:
+    return {"the_id": checkpoint.execution_id, "the_epoch": checkpoint.epoch, "the_step": checkpoint.step}
+
+
+def _delta_to_row(delta: ContextDelta | None) -> Mapping[str, str | None]:
+    if delta is None or not (delta.entries or delta.dropped):
+        return {"entries": None, "entry_types": None, "dropped": None}
+    entries, entry_types = dumps_entries(delta.entries)
+    return {
+        "entries": entries,
+        "entry_types": entry_types,
+        "dropped": json.dumps(delta.dropped) if delta.dropped else None,
+    }
+
+
+def _delta_of_row(row: Row[Any]) -> ContextDelta:
+    dropped = tuple(json.loads(row.dropped)) if row.dropped is not None else ()
+    return ContextDelta(loads_entries(row.entries, row.entry_types), dropped)

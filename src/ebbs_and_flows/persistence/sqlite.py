@@ -1,0 +1,99 @@
+"""What differs on SQLite: one writer at a time, its clock, its engine."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, Select, Table, Update, create_engine, event, update
+from sqlalchemy.dialects.sqlite import Insert, insert
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.pool import QueuePool
+
+from ebbs_and_flows.errors import DatabaseUrlError
+from ebbs_and_flows.persistence.expressions import database_now, latest, seconds_from_now, statement_now
+
+BUSY_TIMEOUT_SECONDS = 30.0
+"""How long a writer waits for another one before `database is locked`."""
+
+MINIMUM_VERSION = (3, 35, 0)
+"""The first with RETURNING (https://sqlite.org/lang_returning.html)."""
+
+
+class SQLite:
+    """The SQLite side of what the repositories need."""
+
+    name = "sqlite"
+
+    def isolate(self, engine: Engine) -> Engine:
+        return engine
+
+    def begin_write(self, connection: Connection) -> None:
+        """Take the write lock at once: a transaction that read first and writes later could be refused without waiting."""
+        if not connection.in_transaction():
+            connection.begin()
+        driver = connection.connection.driver_connection
+        # An engine of the host may begin transactions itself; then it is begun already, in the host's way.
+        if not getattr(driver, "in_transaction", False):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    def insert(self, table: Table) -> Insert:
+        return insert(table)
+
+    def claim(self, table: Table, due: Select[Any]) -> Update:
+        """An UPDATE of the rows that `due` selects; the write lock keeps others away."""
+        return update(table).where(table.c.execution_id.in_(due))
+
+
+def create_sqlite_engine(url: URL) -> Engine:
+    """An engine for an embedded database: WAL, synchronous=FULL, foreign keys, 30 s of patience with other writers."""
+    if sqlite3.sqlite_version_info < MINIMUM_VERSION:
+        found = sqlite3.sqlite_version
+        raise DatabaseUrlError(f"this Python has SQLite {found}, at least {'.'.join(map(str, MINIMUM_VERSION))} is needed")
+    options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}, "hide_parameters": True}
+    if url.database in (None, "", ":memory:"):
+        # One connection is the database: it is lent to one thread at a time, and never closed.
+        options["connect_args"]["check_same_thread"] = False
+        options.update(poolclass=QueuePool, pool_size=1, max_overflow=0, pool_timeout=BUSY_TIMEOUT_SECONDS)
+    engine = create_engine(url, **options)
+    event.listen(engine, "connect", _set_pragmas)
+    return engine
+
+
+def _set_pragmas(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    # synchronous before WAL: the switch itself is a write. https://sqlite.org/pragma.html#pragma_synchronous
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    if cursor.execute("PRAGMA journal_mode").fetchone()[0] not in ("wal", "memory"):
+        _switch_to_wal(cursor)
+    cursor.close()
+
+
+def _switch_to_wal(cursor: sqlite3.Cursor) -> None:
+    try:
+        cursor.execute("PRAGMA journal_mode=WAL")
+    except sqlite3.OperationalError:
+        # A read-only database, or another connection that is using it just now: both modes are as durable, and WAL is
+        # remembered in the file, so the next one to open it alone makes the switch.
+        return
+
+
+_NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'"
+
+
+@compiles(database_now, "sqlite")
+@compiles(statement_now, "sqlite")
+def _now(_element: Any, _compiler: Any, **_: Any) -> str:
+    return f"({_NOW})"
+
+
+@compiles(seconds_from_now, "sqlite")
+def _seconds_from_now(element: Any, compiler: Any, **kwargs: Any) -> str:
+    seconds = compiler.process(element.clauses, **kwargs)
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%.3f seconds', {seconds})) || '000')"
+
+
+@compiles(latest, "sqlite")
+def _latest(element: Any, compiler: Any, **kwargs: Any) -> str:
+    return f"max({compiler.process(element.clauses, **kwargs)})"

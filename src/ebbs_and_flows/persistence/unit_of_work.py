@@ -1,0 +1,78 @@
+"""UnitOfWork: one transaction, rolled back on exit unless it was committed."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import Session
+
+from ebbs_and_flows.persistence.databases import Database
+from ebbs_and_flows.persistence.repositories import Attempts, Contexts, Executions, Transitions
+from ebbs_and_flows.persistence.statements import Statements
+
+
+class UnitOfWork:
+    """A transaction with the repositories that read and write in it. Only `commit()` persists.
+
+    Args:
+        engine: where a connection is taken from, and given back on exit.
+        database, statements: what to say to it.
+        joined: a connection of the caller's instead; then beginning, committing and closing it is left to the caller.
+        writes: whether it is going to write; a reader takes no lock that another one would wait for.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        database: Database,
+        statements: Statements,
+        *,
+        joined: Connection | None = None,
+        writes: bool = True,
+    ) -> None:
+        self._engine = engine
+        self._database = database
+        self._statements = statements
+        self._joined = joined
+        self._writes = writes
+
+    def __enter__(self) -> UnitOfWork:
+        if self._joined is None:
+            self.connection = self._engine.connect()
+            try:
+                if self._writes:
+                    self._database.begin_write(self.connection)
+            except BaseException:
+                self.connection.close()
+                raise
+            self._transaction = self.connection.get_transaction()
+        else:
+            self.connection = self._joined
+        self.executions = Executions(self.connection, self._statements)
+        self.attempts = Attempts(self.connection, self._statements)
+        self.transitions = Transitions(self.connection, self._statements)
+        self.contexts = Contexts(self.connection, self._statements)
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._joined is None:
+            self.connection.close()  # rolls back what was not committed
+
+    def commit(self) -> None:
+        """Make all that was written durable; nothing where the transaction is the caller's."""
+        if self._joined is None:
+            self.connection.commit()
+
+    def is_intact(self) -> bool:
+        """Whether its transaction is still the one it began, and can be committed."""
+        return self._transaction is not None and self._transaction.is_active
+
+    def session(self) -> Session:
+        """A Session within this transaction, for a transactional task.
+
+        Its own `commit` and `rollback` act on a savepoint, so neither can end the transaction that the checkpoint needs.
+        """
+        return Session(bind=self.connection, join_transaction_mode="create_savepoint")

@@ -1,0 +1,457 @@
+"""FlowRunner: knows the templates, and runs one execution at a time from claim to rest."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from ebbs_and_flows.checkpoints import AttemptEnd, Checkpoint, Claim, NextAttempt, Rest
+from ebbs_and_flows.context import ExecutionContext
+from ebbs_and_flows.errors import (
+    DuplicateTemplateError,
+    InvalidArgumentError,
+    TaskResultError,
+    TemplateError,
+    UnknownTemplateError,
+)
+from ebbs_and_flows.executions import RUNNABLE_STATUSES, Failure, FlowExecution, FlowStatus, TaskStatus
+from ebbs_and_flows.outcomes import Failed, Outcome, Success, bounded, run_body
+from ebbs_and_flows.persistence.repositories import with_context
+from ebbs_and_flows.service import CommitRefusedError, FlowService, Recorded, runnable_status
+from ebbs_and_flows.tasks import Task
+from ebbs_and_flows.templates import FlowTemplate
+
+logger = logging.getLogger("ebbs_and_flows")
+
+LONGEST_SLEEP_SECONDS = 1.0
+"""How long `run_until_idle` sleeps at most before it looks again: another process may have scheduled something."""
+
+
+class FlowRunner:
+    """Schedules flows and runs them, one at a time, in the caller's thread.
+
+    Args:
+        service: where executions are kept.
+        lease_seconds: for how long a claim holds unless it is renewed; each checkpoint renews it. Default 30.
+        sleep: how `run_until_idle` waits; for tests.
+
+    Templates are registered with a runner, in every process that schedules or runs them. A runner claims executions of
+    its own templates only, so that processes of different releases can share a database.
+    """
+
+    def __init__(
+        self, service: FlowService, *, lease_seconds: float = 30.0, sleep: Callable[[float], object] = time.sleep
+    ) -> None:
+        if not isinstance(service, FlowService):
+            raise InvalidArgumentError("service", service, "a FlowService")
+        self.service = service
+        self.worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._lease_seconds = lease_seconds
+        self._sleep = sleep
+        self._templates: dict[str, FlowTemplate] = {}
+
+    def __repr__(self) -> str:
+        return f"<FlowRunner {self.worker} on {self.service!r}: {', '.join(self._templates) or 'no templates'}>"
+
+    # --- templates ----------------------------------------------------------------------------------------------------
+
+    def register_flow_template(self, template: FlowTemplate) -> None:
+        """Make a template known to this runner, and the types that its tasks declare known to this process.
+
+        Raises:
+            DuplicateTemplateError: one of this name is registered already.
+            InvalidArgumentError: not a FlowTemplate.
+        """
+        if not isinstance(template, FlowTemplate):
+            raise InvalidArgumentError("template", template, "a FlowTemplate")
+        if template.name in self._templates:
+            raise DuplicateTemplateError(template.name)
+        template.declare_types()
+        self._templates[template.name] = template
+        self.service.remember_template(template)
+
+    def get_flow_template(self, name: str) -> FlowTemplate:
+        """The template of this name.
+
+        Raises:
+            UnknownTemplateError: none is registered with this runner.
+        """
+        template = self._templates.get(name) if isinstance(name, str) else None
+        if template is None:
+            raise UnknownTemplateError(name, self._templates)
+        return template
+
+    @property
+    def templates(self) -> Mapping[str, FlowTemplate]:
+        """The registered templates by name."""
+        return dict(self._templates)
+
+    # --- schedule, reschedule, cancel ---------------------------------------------------------------------------------
+
+    def schedule_flow(
+        self,
+        name: str,
+        context: ExecutionContext | Mapping[str, Any] | None = None,
+        *,
+        session: Session | Connection | None = None,
+        run_at: datetime | None = None,
+        delay: timedelta | float | None = None,
+        priority: int = 0,
+        queue: str = "default",
+        idempotency_key: str | None = None,
+    ) -> int:
+        """Schedule an execution of a registered template and return its id. Commits, unless `session` is given.
+
+        Args:
+            name: the template's.
+            context: what its first task receives; default empty. Encoded here and now.
+            session: a Session or Connection of the caller's on the same database: the execution joins that transaction,
+                so a rollback leaves nothing. From asyncio: `await session.run_sync(lambda s: runner.schedule_flow(...,
+                session=s))`.
+            run_at: when it is due, an aware datetime; default at once.
+            delay: instead of `run_at`, from the database's now: a timedelta, or seconds.
+            priority: higher runs first; default 0.
+            queue: a name by which workers choose what they take.
+            idempotency_key: an execution that has this key already is returned instead of a new one, also where many
+                callers schedule at once.
+
+        Raises:
+            UnknownTemplateError, TemplateError: no such template, or one without tasks.
+            MissingInputError: the context lacks an entry that the flow needs.
+            UnserializableValueError: the context holds a value that cannot be stored.
+            InvalidArgumentError, InvalidNameError: another argument that cannot be used.
+            All of them are ValueErrors, and raised before anything is written.
+        """
+        template = self.get_flow_template(name)
+        if not template.tasks:
+            raise TemplateError(f"template {name!r} has no tasks: add one before it is scheduled")
+        if context is not None and not isinstance(context, Mapping):
+            raise InvalidArgumentError("context", context, "an ExecutionContext")
+        template.check_inputs(ExecutionContext(context) if context is not None else ())
+        return self.service.schedule(
+            template.name,
+            context,
+            session=session,
+            run_at=run_at,
+            delay=delay,
+            priority=priority,
+            queue=queue,
+            idempotency_key=idempotency_key,
+        )
+
+    def reschedule_flow_execution(
+        self, execution_id: int, from_task: str | None = None, reason: str | None = None
+    ) -> FlowExecution:
+        """Make a FAILED execution run again; see `FlowService.reschedule`. Commits."""
+        return self.service.reschedule(execution_id, from_task, reason)
+
+    def cancel_flow_execution(self, execution_id: int, reason: str | None = None) -> FlowExecution:
+        """Cancel an execution that is not final; see `FlowService.cancel`. Commits."""
+        return self.service.cancel(execution_id, reason)
+
+    # --- run ----------------------------------------------------------------------------------------------------------
+
+    def run_flow(self, status: FlowStatus = FlowStatus.SCHEDULED) -> FlowExecution | None:
+        """Run one due execution to its end, in this thread. Every step commits.
+
+        Args:
+            status: from which to take it: SCHEDULED (the default) or RESCHEDULED.
+
+        Returns:
+            The execution as it came to rest: SUCCEEDED; FAILED; RESCHEDULED for later where a retry policy has attempts
+            left; CANCELLED if somebody did that meanwhile. `None` if none of this runner's templates is due.
+
+        What a task raises is recorded, not raised; only `KeyboardInterrupt` is raised on, after the execution has been
+        handed back.
+
+        Raises:
+            InvalidArgumentError: another status.
+        """
+        return self._run_one({runnable_status(status)})
+
+    def re_run_flow(self) -> FlowExecution | None:
+        """Run one RESCHEDULED execution that is due, from its current task; else as `run_flow`."""
+        return self._run_one({FlowStatus.RESCHEDULED})
+
+    def run_until_idle(self) -> int:
+        """Run all that is due, and the retries that come due later, until nothing of this runner's templates is left.
+
+        It waits for RESCHEDULED executions, not for SCHEDULED ones whose time is yet to come.
+
+        Returns:
+            How many times an execution was taken up.
+        """
+        runs = 0
+        while True:
+            if self._run_one(RUNNABLE_STATUSES) is not None:
+                runs += 1
+                continue
+            seconds = self.service.seconds_until_due(FlowStatus.RESCHEDULED, self._templates)
+            if seconds is None:
+                return runs
+            self._sleep(min(max(seconds, 0.01), LONGEST_SLEEP_SECONDS))
+
+    def recover(self, execution_id: int) -> FlowExecution:
+        """Take over a RUNNING execution whose worker is known to be dead, and run it to its end from the task it was at.
+
+        The caller vouches for the death; should the worker live after all, its writes are refused from now on.
+
+        Returns:
+            The execution as it came to rest, as for `run_flow`; FAILED without having run where the task has lost
+            `max_crashes` workers.
+
+        Raises:
+            TransitionError: the execution is not RUNNING.
+            UnknownExecutionError, UnknownTemplateError: there is no such execution, or its template is not registered.
+        """
+        self.get_flow_template(self.service.get_flow_execution(execution_id).template_name)
+        claim = self.service.recover(
+            execution_id, self._templates, self.worker, lease_seconds=self._lease_seconds
+        )
+        return self._run_to_rest(claim)
+
+    # --- step by step -------------------------------------------------------------------------------------------------
+
+    def get_current_task(self, execution: FlowExecution) -> Task | None:
+        """The task that runs now or next; `None` once all have succeeded."""
+        return self.get_flow_template(execution.template_name).get_task(execution.current_task_index)
+
+    def get_next_task(self, execution: FlowExecution) -> Task | None:
+        """The task after the current one; `None` if the current one is the last."""
+        return self.get_flow_template(execution.template_name).get_task(execution.current_task_index + 1)
+
+    def run_task(self, execution: FlowExecution, task: Task) -> FlowExecution:
+        """Run the current task of an execution that is RUNNING, and record what came of it. Commits.
+
+        For those who drive an execution by hand, after `service.update_flow_status(id, FlowStatus.RUNNING)`.
+
+        Args:
+            execution: as it was read; if it has moved since, nothing runs.
+            task: the template's task at its current index.
+
+        Returns:
+            The execution after it: RUNNING with the next task started, or at rest.
+
+        Raises:
+            InvalidArgumentError: `task` is not the current task, or the execution is not RUNNING.
+            LeaseLostError: the execution has moved since it was read.
+        """
+        current = self.get_current_task(execution)
+        if current is None or task is not current:
+            raise InvalidArgumentError("task", task, f"the current task of execution {execution.execution_id}, {current}")
+        if execution.status is not FlowStatus.RUNNING:
+            raise InvalidArgumentError("execution", execution.status, "an execution that is RUNNING")
+        claim = self.service.resume_by_hand(execution)
+        self._step(claim)
+        return self.service.get_flow_execution(execution.execution_id)
+
+    def _run_one(self, statuses: frozenset[FlowStatus] | set[FlowStatus]) -> FlowExecution | None:
+        claims = self.service.claim(self._templates, statuses, self.worker, lease_seconds=self._lease_seconds)
+        return self._run_to_rest(claims[0]) if claims else None
+
+    def _run_to_rest(self, claim: Claim) -> FlowExecution:
+        if claim.attempt is None:
+            _log(claim, "came to rest without an attempt as %s", claim.execution.status)
+            return claim.execution
+        while claim.attempt is not None:
+            claim = self._step(claim)
+        return self.service.get_flow_execution(claim.execution.execution_id)
+
+    def _step(self, claim: Claim) -> Claim:
+        """Run the open attempt and write its checkpoint; the claim with the next attempt, or at rest."""
+        attempt = claim.attempt
+        assert attempt is not None, "only an open attempt can be run"
+        template = self._templates[claim.execution.template_name]
+        task = template.get_task(attempt.task_index)
+        assert task is not None, "attempts are started at tasks of the template"
+        _log(claim, "started")
+        try:
+            if task.is_transactional:
+                outcome, recorded = self._run_transactional(claim, template, task)
+            else:
+                outcome = run_body(task, attempt.name, claim.execution.execution_context)
+                outcome, recorded = self._record(claim, template, task, outcome)
+        except KeyboardInterrupt as interrupt:
+            self._hand_back(claim, interrupt)
+            raise
+        if recorded is None:
+            _log(claim, "was refused: the execution is no longer held here", level=logging.WARNING)
+            return claim.at_rest(claim.execution)
+        if isinstance(outcome, Failed):
+            _log(claim, "failed with %s", outcome.summary, level=logging.WARNING)
+            return claim.at_rest(claim.execution)
+        _log(claim, "succeeded")
+        return _after(claim, outcome, recorded)
+
+    def _run_transactional(
+        self, claim: Claim, template: FlowTemplate, task: Task
+    ) -> tuple[Outcome, Recorded | None]:
+        """Run a task within the transaction that writes its checkpoint; where it fails, record that in another one."""
+        attempt = claim.attempt
+        assert attempt is not None, "only an open attempt can be run"
+        outcome: Outcome | None = None
+
+        def body(session: Session, is_intact: Callable[[], bool]) -> Checkpoint:
+            nonlocal outcome
+            outcome = run_body(task, attempt.name, claim.execution.execution_context, session)
+            if isinstance(outcome, Success):
+                outcome = _flushed(outcome, session, is_intact, attempt.name)
+            if isinstance(outcome, Failed):
+                raise _RollBackError
+            return self._checkpoint(claim, template, task, outcome)
+
+        try:
+            recorded = self.service.run_in_transaction(body)
+        except _RollBackError:
+            assert isinstance(outcome, Failed), "only a failure asks for a rollback"
+            return self._record(claim, template, task, outcome)
+        except CommitRefusedError as refused:
+            return self._record(claim, template, task, Failed(refused.error))
+        except DBAPIError as error:
+            return self._record_unrecordable(claim, template, task, outcome, error)
+        assert outcome is not None, "the body has run"
+        return outcome, recorded
+
+    def _record(
+        self, claim: Claim, template: FlowTemplate, task: Task, outcome: Outcome
+    ) -> tuple[Outcome, Recorded | None]:
+        """Write the checkpoint; where the database refuses what the task returned, write that instead."""
+        try:
+            return outcome, self.service.checkpoint([self._checkpoint(claim, template, task, outcome)])[0]
+        except DBAPIError as error:
+            return self._record_unrecordable(claim, template, task, outcome, error)
+
+    def _record_unrecordable(
+        self, claim: Claim, template: FlowTemplate, task: Task, outcome: Outcome | None, error: DBAPIError
+    ) -> tuple[Outcome, Recorded | None]:
+        if not isinstance(outcome, Success) or error.connection_invalidated:
+            raise error
+        refused = Failed(error, may_retry=False, note="The database refused to store what the task returned.")
+        return refused, self.service.checkpoint([self._checkpoint(claim, template, task, refused)])[0]
+
+    def _checkpoint(self, claim: Claim, template: FlowTemplate, task: Task, outcome: Outcome) -> Checkpoint:
+        attempt = claim.attempt
+        assert attempt is not None, "only an open attempt can end"
+        then: NextAttempt | Rest
+        if isinstance(outcome, Failed):
+            outcome, then = _after_failure(claim, task, outcome)
+        else:
+            then = _after_success(claim, template)
+        return Checkpoint(
+            execution_id=claim.execution.execution_id,
+            epoch=claim.execution.epoch,
+            worker=attempt.worker or self.worker,
+            step=attempt.flow_execution_step,
+            end=outcome.attempt_end(),
+            then=then,
+            lease_seconds=self._lease_seconds,
+        )
+
+    def _hand_back(self, claim: Claim, interrupt: KeyboardInterrupt) -> None:
+        """Give the execution back to the database, to go on at the same task: a stop in good order is no failure."""
+        attempt = claim.attempt
+        assert attempt is not None, "only an open attempt can be handed back"
+        stopped = AttemptEnd(
+            TaskStatus.FAILED,
+            failure=Failure.STOPPED,
+            error_type="WorkerStopped",
+            output=bounded(f"The worker was stopped by {type(interrupt).__name__} while this attempt was running."),
+        )
+        self.service.checkpoint(
+            [
+                Checkpoint(
+                    claim.execution.execution_id,
+                    claim.execution.epoch,
+                    attempt.worker or self.worker,
+                    attempt.flow_execution_step,
+                    stopped,
+                    Rest(FlowStatus.RESCHEDULED, attempt.task_index, reason="the worker was stopped"),
+                    self._lease_seconds,
+                )
+            ]
+        )
+
+
+class _RollBackError(Exception):
+    """Leaves a transactional task's transaction without a commit; the outcome is recorded in another one."""
+
+
+def _flushed(outcome: Success, session: Session, is_intact: Callable[[], bool], name: str) -> Outcome:
+    """Send what the task has left in its session, so that the database's objections are the attempt's failure."""
+    try:
+        if is_intact():
+            session.commit()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return Failed(error)
+    if is_intact():
+        return outcome
+    return Failed(
+        TaskResultError(
+            name,
+            "ended the transaction that its checkpoint belongs to, so its effects may be there without it: "
+            "leave session.connection() alone; session.commit() and session.rollback() are safe",
+        ),
+        may_retry=False,
+    )
+
+
+def _after_success(claim: Claim, template: FlowTemplate) -> NextAttempt | Rest:
+    attempt = claim.attempt
+    assert attempt is not None, "only an open attempt can succeed"
+    index = attempt.task_index + 1
+    if template.get_task(index) is None:
+        return Rest(FlowStatus.SUCCEEDED, index)
+    name = template.task_names[index]
+    return NextAttempt(index, name, claim.counts_of(name).started + 1)
+
+
+def _after_failure(claim: Claim, task: Task, outcome: Failed) -> tuple[Failed, Rest]:
+    """Ask the retry policy; the outcome comes back with a note where the policy itself has failed."""
+    attempt = claim.attempt
+    assert attempt is not None, "only an open attempt can fail"
+    failed_attempts = claim.counts_of(attempt.name).failed + 1
+    policy = task.retry
+    try:
+        if outcome.may_retry and policy.allows_retry(outcome.exception, failed_attempts):
+            seconds = policy.wait_seconds(outcome.exception, failed_attempts)
+            reason = f"{outcome.summary}; {failed_attempts} of {policy.max_attempts} attempts, next in {seconds:.1f} s"
+            return outcome, Rest(FlowStatus.RESCHEDULED, attempt.task_index, reason, seconds)
+    except Exception as error:
+        note = f"No retry: the retry policy raised {type(error).__name__}: {error}"
+        outcome = replace(outcome, note=bounded(note)[:500])
+    return outcome, Rest(FlowStatus.FAILED, attempt.task_index, outcome.summary)
+
+
+def _after(claim: Claim, outcome: Success, recorded: Recorded) -> Claim:
+    """The claim after a success: what the next task receives is what was stored, not what the last one had in hand."""
+    execution = with_context(claim.execution, claim.execution.execution_context.fold(outcome.delta))
+    return Claim(execution, recorded.attempt, claim.counts)
+
+
+def _log(claim: Claim, message: str, *values: object, level: int = logging.DEBUG) -> None:
+    if not logger.isEnabledFor(level):
+        return
+    attempt = claim.attempt
+    about = {
+        "execution_id": claim.execution.execution_id,
+        "template": claim.execution.template_name,
+        "task": attempt.name if attempt is not None else None,
+        "attempt": attempt.attempt if attempt is not None else None,
+    }
+    prefix = f"execution {about['execution_id']} of {about['template']}"
+    if attempt is not None:
+        prefix += f", task {attempt.name}, attempt {attempt.attempt}"
+    logger.log(level, prefix.replace("%", "%%") + " " + message, *values, extra=about)

@@ -1,0 +1,898 @@
+"""FlowService: one method a use case, one unit of work each. What it returns is what the database has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from types import TracebackType
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from ebbs_and_flows import schema as database_schema
+from ebbs_and_flows.checkpoints import AttemptEnd, Checkpoint, Claim, NextAttempt
+from ebbs_and_flows.context import ContextDelta, ExecutionContext
+from ebbs_and_flows.errors import (
+    InvalidArgumentError,
+    LeaseLostError,
+    SchemaError,
+    TemplateError,
+    TemplateMismatchError,
+    TransitionError,
+    UnknownExecutionError,
+)
+from ebbs_and_flows.executions import (
+    RUNNABLE_STATUSES,
+    Failure,
+    FlowExecution,
+    FlowFilter,
+    FlowStatus,
+    FlowTransition,
+    TaskExecution,
+    TaskStatus,
+)
+from ebbs_and_flows.names import valid_name
+from ebbs_and_flows.persistence.databases import create_engine_for, database_of
+from ebbs_and_flows.persistence.repositories import NO_CONTEXT, NewExecution, Progress, with_context
+from ebbs_and_flows.persistence.statements import Statements
+from ebbs_and_flows.persistence.tables import build_tables
+from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
+from ebbs_and_flows.retries import MAX_WAIT_SECONDS
+from ebbs_and_flows.templates import FlowTemplate
+
+MAX_ID = 2**63 - 1
+MAX_PRIORITY = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What came of a checkpoint: the next attempt, if one was started, and the new state of the execution's row."""
+
+    at: datetime
+    attempt: TaskExecution | None
+    lease_expires_at: datetime | None
+
+
+class CommitRefusedError(Exception):
+    """The database refused to commit a transactional task's effects, for example by a deferred constraint."""
+
+    def __init__(self, error: DBAPIError) -> None:
+        self.error = error
+        super().__init__(str(error))
+
+
+class FlowService:
+    """Flow executions in a database.
+
+    Args:
+        database: a URL of PostgreSQL or SQLite (`"sqlite://"` is in memory), or a SQLAlchemy Engine, which is used as
+            it is and left open. On SQLite the schema is made or brought up to date by itself; on PostgreSQL that is
+            done at deploy time.
+        schema: the named schema that holds the tables (PostgreSQL only); default the connection's own.
+
+    Raises:
+        SchemaError: on PostgreSQL, the schema is missing or behind: run `ebbs db upgrade`.
+        DatabaseUrlError: the URL or engine cannot be used.
+
+    One service may be shared by many threads. Every method that writes commits before it returns, unless it was handed
+    a `session`.
+    """
+
+    def __init__(self, database: str | URL | Engine, *, schema: str | None = None) -> None:
+        self._owns_engine = isinstance(database, (str, URL))
+        self.engine: Engine = create_engine_for(database) if isinstance(database, (str, URL)) else database
+        self._database = database_of(self.engine)
+        self.schema = schema
+        try:
+            self._prepare_schema()
+        except BaseException:
+            self.close()
+            raise
+        self._working_engine = self._database.isolate(self.engine)
+        self._statements = Statements(build_tables(schema), self._database)
+        self._templates: dict[str, FlowTemplate] = {}
+
+    def __enter__(self) -> FlowService:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<FlowService {self.engine.url.render_as_string(hide_password=True)}>"
+
+    def close(self) -> None:
+        """Close the connections of an engine that was made here; a given engine is left alone."""
+        if self._owns_engine:
+            self.engine.dispose()
+
+    # --- create and schedule ------------------------------------------------------------------------------------------
+
+    def create_flow_execution(
+        self, template_name: str, context: ExecutionContext | Mapping[str, Any] | None = None
+    ) -> FlowExecution:
+        """Record an execution as CREATED; nothing runs it until its status becomes SCHEDULED. Commits.
+
+        Raises:
+            UnserializableValueError: the context holds a value that cannot be stored. Nothing is written.
+        """
+        delta = initial_delta(context)
+        new = NewExecution(valid_name("template", template_name), FlowStatus.CREATED, 1)
+        with self._work() as work:
+            execution_id = self._add(work, new, delta)
+            work.commit()
+        return self.get_flow_execution(execution_id)
+
+    def schedule(
+        self,
+        template_name: str,
+        context: ExecutionContext | Mapping[str, Any] | None = None,
+        *,
+        session: Session | Connection | None = None,
+        run_at: datetime | None = None,
+        delay: timedelta | float | None = None,
+        priority: int = 0,
+        queue: str = "default",
+        idempotency_key: str | None = None,
+    ) -> int:
+        """Record an execution as SCHEDULED and return its id; `FlowRunner.schedule_flow` checks its template as well.
+
+        Commits, unless `session` is given: then it joins that transaction, and a rollback leaves nothing.
+
+        Args:
+            session: a Session or Connection of the caller's on the same database.
+            run_at: when it is due, an aware datetime; default at once.
+            delay: instead of `run_at`, from the database's now: a timedelta, or seconds.
+            priority: higher runs first; a 32-bit int.
+            queue: a name by which workers choose what they take.
+            idempotency_key: an execution that has this key already is returned instead of a new one, also where many
+                callers schedule at once.
+
+        Raises:
+            InvalidArgumentError, InvalidNameError: an argument that cannot be used. Nothing is written.
+            UnserializableValueError: the context holds a value that cannot be stored. Nothing is written.
+        """
+        new = NewExecution(
+            template_name=valid_name("template", template_name),
+            status=FlowStatus.SCHEDULED,
+            execution_step=2,
+            priority=_valid_priority(priority),
+            queue=valid_name("queue", queue),
+            idempotency_key=None if idempotency_key is None else valid_name("idempotency key", idempotency_key),
+            run_at=_valid_run_at(run_at, delay),
+            delay_seconds=_valid_delay(delay),
+        )
+        delta = initial_delta(context)
+        with self._work(joined=_connection_of(session)) as work:
+            execution_id = self._add(work, new, delta)
+            work.commit()
+        return execution_id
+
+    # --- read ---------------------------------------------------------------------------------------------------------
+
+    def get_flow_execution(self, execution_id: int) -> FlowExecution:
+        """The execution as it is now, with the context as its current task receives it.
+
+        Raises:
+            UnknownExecutionError: there is none of this id.
+        """
+        with self._work(writes=False) as work:
+            return work.contexts.with_contexts([self._existing(work, execution_id)])[0]
+
+    def get_runnable_flow(self, status: FlowStatus = FlowStatus.SCHEDULED) -> FlowExecution | None:
+        """The execution that would be claimed next from this status; `None` if none is due. Claims nothing.
+
+        Raises:
+            InvalidArgumentError: a status other than SCHEDULED or RESCHEDULED.
+        """
+        status = runnable_status(status)
+        with self._work(writes=False) as work:
+            execution = work.executions.next_due(status)
+            return None if execution is None else work.contexts.with_contexts([execution])[0]
+
+    def find_flow_executions(self, criteria: FlowFilter | None = None) -> list[FlowExecution]:
+        """The executions that match, newest first; by default the latest hundred.
+
+        Raises:
+            InvalidArgumentError: a filter that cannot be used.
+        """
+        criteria = _valid_filter(criteria if criteria is not None else FlowFilter())
+        with self._work(writes=False) as work:
+            return work.contexts.with_contexts(work.executions.find(criteria))
+
+    def get_task_executions(self, execution_id: int) -> list[TaskExecution]:
+        """One record an attempt, oldest first.
+
+        Raises:
+            UnknownExecutionError: there is no such execution.
+        """
+        with self._work(writes=False) as work:
+            execution = self._existing(work, execution_id)
+            return work.attempts.of(execution.execution_id)
+
+    def get_flow_task_execution_history(self, execution_id: int) -> list[TaskExecution]:
+        """Two records an attempt, oldest first: as it started (RUNNING), then as it ended. One while it runs.
+
+        Raises:
+            UnknownExecutionError: there is no such execution.
+        """
+        history: list[TaskExecution] = []
+        for attempt in self.get_task_executions(execution_id):
+            history.append(
+                attempt.model_copy(
+                    update={
+                        "status": TaskStatus.RUNNING,
+                        "output": None,
+                        "error_type": None,
+                        "failure": None,
+                        "finished_at": None,
+                    }
+                )
+            )
+            if attempt.status is not TaskStatus.RUNNING:
+                history.append(attempt)
+        return history
+
+    def get_flow_status_history(self, execution_id: int) -> list[FlowTransition]:
+        """Every change of the execution's status, oldest first, beginning with its creation.
+
+        Raises:
+            UnknownExecutionError: there is no such execution.
+        """
+        with self._work(writes=False) as work:
+            execution = self._existing(work, execution_id)
+            return work.transitions.of(execution.execution_id)
+
+    def seconds_until_due(self, status: FlowStatus, templates: Collection[str]) -> float | None:
+        """How long until the next execution of these templates in this status is due, by the database's clock.
+
+        Returns:
+            Seconds, 0.0 if one is due now; `None` where there is none at all.
+        """
+        with self._work(writes=False) as work:
+            return work.executions.seconds_until_due(runnable_status(status), templates)
+
+    # --- change a status ----------------------------------------------------------------------------------------------
+
+    def update_flow_status(
+        self,
+        execution_id: int,
+        status: FlowStatus,
+        context: ExecutionContext | Mapping[str, Any] | None = None,
+        *,
+        reason: str | None = None,
+        worker: str | None = None,
+        lease_seconds: float = 30.0,
+    ) -> FlowExecution:
+        """Move an execution along one edge of the transition table, by hand. Commits.
+
+        Args:
+            context: replaces the context as of the current task, for example to mend a value before a re-run.
+            reason: recorded with the transition.
+            worker, lease_seconds: who holds it from now on and for how long; only for RUNNING, which raises the epoch.
+
+        An attempt that is open when the execution leaves RUNNING is ended as FAILED, with what happened as its error type.
+
+        Raises:
+            TransitionError: the execution's status has no edge to this one. Nothing is written.
+            UnknownExecutionError: there is no such execution.
+            UnserializableValueError: the context holds a value that cannot be stored. Nothing is written.
+        """
+        status = _valid_status(status)
+        replacement = None if context is None else _as_context(context)
+        with self._work() as work:
+            execution = self._existing(work, execution_id, lock=True)
+            if not execution.status.allows(status):
+                raise TransitionError(execution.execution_id, execution.status, status, _way_out(execution.status))
+            delta = None
+            if replacement is not None:
+                delta = replacement.delta_from(work.contexts.progress([execution])[execution.execution_id].context)
+            if status is FlowStatus.RUNNING:
+                claimed = work.executions.claim_one(execution.execution_id, worker or "by hand", lease_seconds, numbers=1)
+                assert claimed is not None, "the row is locked and its status allows it"
+                self._add_transition(work, execution, status, claimed.updated_at, worker=worker, reason=reason, delta=delta)
+            else:
+                self._leave(work, execution, status, reason=reason, delta=delta)
+            work.commit()
+        return self.get_flow_execution(execution_id)
+
+    def cancel(self, execution_id: int, reason: str | None = None) -> FlowExecution:
+        """Cancel an execution that is not final. Once this has returned, no task of it starts any more. Commits.
+
+        A task that is running may run to its end, but what it returns is refused, and what a transactional task wrote is
+        rolled back.
+
+        Raises:
+            TransitionError: it has succeeded or was cancelled already.
+            UnknownExecutionError: there is no such execution.
+        """
+        return self.update_flow_status(execution_id, FlowStatus.CANCELLED, reason=reason)
+
+    def reschedule(self, execution_id: int, from_task: str | None = None, reason: str | None = None) -> FlowExecution:
+        """Make a FAILED execution run again: from the task that failed, or from an earlier one. Commits.
+
+        Args:
+            from_task: the name of a task that it has completed, to re-run from there with the context as it was then.
+
+        Raises:
+            TransitionError: the execution is not FAILED.
+            TemplateError: `from_task` is no task that it has reached.
+            UnknownExecutionError: there is no such execution.
+        """
+        with self._work() as work:
+            execution = self._existing(work, execution_id, lock=True)
+            if execution.status is not FlowStatus.FAILED:
+                raise TransitionError(
+                    execution.execution_id, execution.status, FlowStatus.RESCHEDULED, _way_out(execution.status)
+                )
+            task_index = execution.current_task_index
+            if from_task is not None:
+                task_index = self._index_reached(work, execution, valid_name("task", from_task))
+                reason = reason or f"from task {from_task!r}"
+            self._leave(work, execution, FlowStatus.RESCHEDULED, reason=reason, task_index=task_index)
+            work.commit()
+        return self.get_flow_execution(execution_id)
+
+    # --- attempts by hand ---------------------------------------------------------------------------------------------
+
+    def remember_template(self, template: FlowTemplate) -> None:
+        """Let `create_task_execution` know the names of this template's tasks."""
+        self._templates[template.name] = template
+
+    def create_task_execution(self, execution: FlowExecution, name: str | None = None) -> TaskExecution:
+        """Record the start of an attempt at the current task of an execution that is RUNNING. Commits.
+
+        Args:
+            execution: as it was read; if another worker has claimed it since, the write is refused.
+            name: the task's name; default as in the template of a runner on this service, else `task-<index>`.
+
+        Raises:
+            LeaseLostError: the execution is no longer RUNNING under the epoch and at the step that `execution` shows.
+            UnknownExecutionError: there is no such execution.
+        """
+        with self._work() as work:
+            found = self._existing(work, execution.execution_id, lock=True)
+            if (
+                found.status is not FlowStatus.RUNNING
+                or found.epoch != execution.epoch
+                or found.execution_step != execution.execution_step
+            ):
+                raise LeaseLostError(execution.execution_id, execution.epoch)
+            task_name = valid_name("task", name) if name is not None else self._task_name(found)
+            counts = work.attempts.counts([found.execution_id])[found.execution_id]
+            attempt = counts[task_name].started + 1 if task_name in counts else 1
+            checkpoint = _by_hand(found, AttemptEnd(TaskStatus.SUCCEEDED), NextAttempt(0, task_name, attempt))
+            moved = work.executions.advance(checkpoint, NextAttempt(found.current_task_index, task_name, attempt))
+            assert moved is not None, "the row is locked"
+            started = work.attempts.start(
+                found, found.execution_step + 1, found.current_task_index, task_name, attempt, moved[0]
+            )
+            work.commit()
+        return started
+
+    def update_task_execution(
+        self,
+        execution_id: int,
+        task_execution: TaskExecution,
+        context: ExecutionContext | Mapping[str, Any] | None = None,
+    ) -> TaskExecution:
+        """Record the end of an attempt that is RUNNING. Commits. On SUCCEEDED the execution moves on to the next index.
+
+        Args:
+            execution_id: the execution that the attempt belongs to.
+            task_execution: the attempt as `create_task_execution` returned it, with its new status, and on failure its
+                output and error type; the times are the database's own.
+            context: what the task returned, for SUCCEEDED; default the context unchanged.
+
+        Raises:
+            InvalidArgumentError: the attempt is not of this execution, or its new status is RUNNING.
+            TransitionError: the attempt has ended already, or its execution is not RUNNING.
+            UnknownExecutionError: there is no such execution or attempt.
+        """
+        if task_execution.flow_execution_id != _valid_id(execution_id):
+            raise InvalidArgumentError("task_execution", task_execution, f"an attempt of execution {execution_id}")
+        succeeded = task_execution.status is TaskStatus.SUCCEEDED
+        if task_execution.status is TaskStatus.RUNNING:
+            raise InvalidArgumentError("task_execution", task_execution, "the status SUCCEEDED or FAILED")
+        returned = None if context is None else _as_context(context)
+        with self._work() as work:
+            execution = self._existing(work, execution_id, lock=True)
+            attempts = {each.flow_execution_step: each for each in work.attempts.of(execution.execution_id)}
+            found = attempts.get(task_execution.flow_execution_step)
+            if found is None:
+                raise UnknownExecutionError(execution_id, f" with an attempt at step {task_execution.flow_execution_step}")
+            if found.status is not TaskStatus.RUNNING or execution.status is not FlowStatus.RUNNING:
+                raise TransitionError(
+                    execution_id, execution.status, task_execution.status, f"its attempt is {found.status}"
+                )
+            delta = ContextDelta({}, ())
+            if returned is not None and succeeded:
+                delta = returned.delta_from(work.contexts.progress([execution])[execution.execution_id].context)
+            end = AttemptEnd(
+                task_execution.status,
+                delta,
+                None if succeeded else task_execution.failure or Failure.EXCEPTION,
+                None if succeeded else task_execution.error_type,
+                None if succeeded else task_execution.output,
+            )
+            at = work.executions.touch(execution, execution.current_task_index + (1 if succeeded else 0))
+            work.attempts.end(execution.execution_id, found.flow_execution_step, end, at)
+            work.commit()
+        return next(
+            each
+            for each in self.get_task_executions(execution_id)
+            if each.flow_execution_step == found.flow_execution_step
+        )
+
+    def resume_by_hand(self, execution: FlowExecution) -> Claim:
+        """The claim of an execution that somebody drives by hand: with its open attempt, which is started if need be.
+
+        Raises:
+            LeaseLostError: the execution is no longer RUNNING under the epoch and at the step that `execution` shows.
+        """
+        attempts = self.get_task_executions(execution.execution_id)
+        attempt = attempts[-1] if attempts and attempts[-1].status is TaskStatus.RUNNING else None
+        if attempt is None:
+            attempt = self.create_task_execution(execution)
+        elif attempt.flow_execution_step != execution.execution_step:
+            raise LeaseLostError(execution.execution_id, execution.epoch)
+        with self._work(writes=False) as work:
+            found = work.contexts.with_contexts([self._existing(work, execution.execution_id)])[0]
+            counts = work.attempts.counts([execution.execution_id])
+        if found.epoch != execution.epoch:
+            raise LeaseLostError(execution.execution_id, execution.epoch)
+        return Claim(found, attempt, counts[execution.execution_id])
+
+    # --- claim, checkpoint, recover: what the runner stands on --------------------------------------------------------
+
+    def claim(
+        self,
+        templates: Mapping[str, FlowTemplate],
+        statuses: Collection[FlowStatus],
+        worker: str,
+        *,
+        lease_seconds: float,
+        limit: int = 1,
+    ) -> list[Claim]:
+        """Take due executions of these templates for a worker and start the attempt at each one's current task. Commits.
+
+        An execution whose template no longer begins with the tasks it has completed is parked as FAILED, and comes back
+        as a claim without an attempt; so does one that has nothing left to run, as SUCCEEDED.
+
+        Returns:
+            At most `limit` claims, in the order in which they are to run.
+        """
+        if not templates:
+            return []
+        with self._work() as work:
+            claimed = work.executions.claim_due(statuses, templates, worker, lease_seconds, limit)
+            if not claimed:
+                return []
+            claims = self._begin(work, claimed, templates)
+            work.commit()
+        return claims
+
+    def checkpoint(self, checkpoints: Sequence[Checkpoint]) -> list[Recorded | None]:
+        """Record the ends of attempts and what follows them, all in one transaction. Commits.
+
+        Returns:
+            For each checkpoint what came of it, `None` where it was refused because the execution is no longer held.
+        """
+        with self._work() as work:
+            recorded = [self._record(work, checkpoint) for checkpoint in checkpoints]
+            work.commit()
+        return recorded
+
+    def run_in_transaction(self, body: Callable[[Session, Callable[[], bool]], Checkpoint]) -> Recorded | None:
+        """Run a body whose effects and checkpoint commit together. What it raises rolls both back and is raised on.
+
+        Args:
+            body: gets a Session in the transaction, and a function that says whether that transaction is still whole;
+                returns the checkpoint.
+
+        Returns:
+            What came of the checkpoint; `None` where it was refused, and the effects rolled back with it.
+
+        Raises:
+            CommitRefusedError: the database refused the commit; nothing is left of it.
+        """
+        with self._work() as work:
+            with work.session() as session:
+                checkpoint = body(session, work.is_intact)
+            recorded = self._record(work, checkpoint)
+            if recorded is None:
+                return None
+            try:
+                work.commit()
+            except DBAPIError as error:
+                if error.connection_invalidated:
+                    raise
+                raise CommitRefusedError(error) from error
+        return recorded
+
+    def recover(
+        self, execution_id: int, templates: Mapping[str, FlowTemplate], worker: str, *, lease_seconds: float
+    ) -> Claim:
+        """Take over an execution whose worker is known to be dead, whatever is left of its lease. Commits.
+
+        The attempt that the worker left open ends as FAILED with the error type `WorkerLost`. The execution is
+        rescheduled and claimed again by this worker, or, where its task has lost `max_crashes` workers, parked as FAILED
+        (a claim without an attempt).
+
+        Raises:
+            TransitionError: the execution is not RUNNING.
+            UnknownExecutionError: there is no such execution.
+        """
+        with self._work() as work:
+            execution = self._existing(work, execution_id, lock=True)
+            if execution.status is not FlowStatus.RUNNING:
+                raise TransitionError(
+                    execution.execution_id, execution.status, "recovered", _way_out(execution.status)
+                )
+            verdict = self._lose_worker(work, execution, templates[execution.template_name])
+            if verdict is FlowStatus.FAILED:
+                claim = Claim(work.contexts.with_contexts([self._existing(work, execution_id)])[0], None)
+            else:
+                claimed = work.executions.claim_one(execution.execution_id, worker, lease_seconds)
+                assert claimed is not None, "the row is locked and RESCHEDULED"
+                claim = self._begin(work, [claimed], templates)[0]
+            work.commit()
+        return claim
+
+    # --- steps of the above, each within its caller's unit of work ----------------------------------------------------
+
+    def _work(self, *, joined: Connection | None = None, writes: bool = True) -> UnitOfWork:
+        return UnitOfWork(self._working_engine, self._database, self._statements, joined=joined, writes=writes)
+
+    def _prepare_schema(self) -> None:
+        try:
+            database_schema.check(self.engine, schema=self.schema)
+        except SchemaError:
+            if self._database.name != "sqlite":
+                raise
+            database_schema.upgrade(self.engine, schema=self.schema)
+
+    def _existing(self, work: UnitOfWork, execution_id: int, *, lock: bool = False) -> FlowExecution:
+        execution = work.executions.get(_valid_id(execution_id), lock=lock)
+        if execution is None:
+            raise UnknownExecutionError(execution_id)
+        return execution
+
+    def _add(self, work: UnitOfWork, new: NewExecution, delta: ContextDelta) -> int:
+        while True:
+            added = work.executions.add(new)
+            if added is not None:
+                break
+            assert new.idempotency_key is not None, "nothing else can conflict"
+            existing = work.executions.id_of_key(new.idempotency_key)
+            if existing is not None:
+                return existing
+        execution_id, at = added
+        created = FlowTransition(
+            flow_execution_id=execution_id,
+            flow_execution_step=1,
+            from_status=None,
+            to_status=FlowStatus.CREATED,
+            at=at,
+        )
+        work.transitions.add(created, 0, delta)
+        if new.status is FlowStatus.SCHEDULED:
+            work.transitions.add(
+                created.model_copy(
+                    update={
+                        "flow_execution_step": 2,
+                        "from_status": FlowStatus.CREATED,
+                        "to_status": FlowStatus.SCHEDULED,
+                    }
+                ),
+                0,
+            )
+        return execution_id
+
+    def _add_transition(
+        self,
+        work: UnitOfWork,
+        execution: FlowExecution,
+        status: FlowStatus,
+        at: datetime,
+        *,
+        step: int | None = None,
+        from_status: FlowStatus | None = None,
+        worker: str | None = None,
+        reason: str | None = None,
+        delta: ContextDelta | None = None,
+    ) -> None:
+        work.transitions.add(
+            FlowTransition(
+                flow_execution_id=execution.execution_id,
+                flow_execution_step=step if step is not None else execution.execution_step + 1,
+                from_status=from_status or execution.status,
+                to_status=status,
+                at=at,
+                worker=worker,
+                reason=reason,
+            ),
+            execution.current_task_index,
+            delta,
+        )
+
+    def _leave(
+        self,
+        work: UnitOfWork,
+        execution: FlowExecution,
+        status: FlowStatus,
+        *,
+        reason: str | None = None,
+        task_index: int | None = None,
+        delta: ContextDelta | None = None,
+    ) -> None:
+        """Move an execution that is locked to a status other than RUNNING, ending the attempt it may have open."""
+        at = work.executions.move(
+            execution,
+            status,
+            step=execution.execution_step + 1,
+            task_index=execution.current_task_index if task_index is None else task_index,
+            wait_seconds=0.0 if status is FlowStatus.RESCHEDULED else None,
+        )
+        if execution.status is FlowStatus.RUNNING:
+            error_type = "FlowCancelled" if status is FlowStatus.CANCELLED else "StatusChanged"
+            ended = f"The execution became {status} while this attempt was running."
+            work.attempts.end_open(execution.execution_id, Failure.CANCELLED, error_type, ended, at)
+        self._add_transition(work, execution, status, at, reason=reason, delta=delta)
+
+    def _lose_worker(self, work: UnitOfWork, execution: FlowExecution, template: FlowTemplate) -> FlowStatus:
+        """End what a dead worker left open, and reschedule the execution, or park it if that has happened too often."""
+        attempts = work.attempts.of(execution.execution_id)
+        open_names = [attempt.name for attempt in attempts if attempt.status is TaskStatus.RUNNING]
+        lost_by = f"Worker {execution.lease_owner} was lost while this attempt was running."
+        status, reason = FlowStatus.RESCHEDULED, f"worker {execution.lease_owner} was lost"
+        for name in open_names:
+            lost = 1 + sum(1 for each in attempts if each.name == name and each.failure is Failure.LOST)
+            task = template.get_task(template.task_names.index(name)) if name in template.task_names else None
+            if task is not None and lost >= task.retry.max_crashes:
+                status = FlowStatus.FAILED
+                reason = f"task {name!r} lost its worker {lost} times, max_crashes is {task.retry.max_crashes}"
+        at = work.executions.move(
+            execution,
+            status,
+            step=execution.execution_step + 1,
+            task_index=execution.current_task_index,
+            wait_seconds=0.0 if status is FlowStatus.RESCHEDULED else None,
+        )
+        work.attempts.end_open(execution.execution_id, Failure.LOST, "WorkerLost", lost_by, at)
+        self._add_transition(work, execution, status, at, reason=reason)
+        return status
+
+    def _begin(
+        self, work: UnitOfWork, claimed: Sequence[FlowExecution], templates: Mapping[str, FlowTemplate]
+    ) -> list[Claim]:
+        """Write the transition of each execution just claimed, and the first attempt that follows from it."""
+        progress = work.contexts.progress(claimed)
+        counts = work.attempts.counts([each.execution_id for each in claimed if each.epoch > 1])
+        claims = []
+        for execution in claimed:
+            # The first claim is from SCHEDULED, every later one from RESCHEDULED: there is no other way to RUNNING.
+            before = FlowStatus.SCHEDULED if execution.epoch == 1 else FlowStatus.RESCHEDULED
+            self._add_transition(
+                work,
+                execution,
+                FlowStatus.RUNNING,
+                execution.updated_at,
+                step=execution.execution_step - 1,
+                from_status=before,
+                worker=execution.lease_owner,
+            )
+            standing = progress[execution.execution_id]
+            claim = Claim(with_context(execution, standing.context), None, counts.get(execution.execution_id, {}))
+            claims.append(self._start(work, claim, standing, templates[execution.template_name]))
+        return claims
+
+    def _start(self, work: UnitOfWork, claim: Claim, standing: Progress, template: FlowTemplate) -> Claim:
+        """Start the attempt at the current task; or come to rest where the template has changed, or has no task left."""
+        execution, index = claim.execution, claim.execution.current_task_index
+        try:
+            template.check_completed(standing.completed)
+        except TemplateMismatchError as error:
+            return self._rest_at_once(work, claim, FlowStatus.FAILED, f"TemplateMismatchError: {error}")
+        if template.get_task(index) is None:
+            return self._rest_at_once(work, claim, FlowStatus.SUCCEEDED, "the template has no task left to run")
+        name = template.task_names[index]
+        attempt = work.attempts.start(
+            execution,
+            execution.execution_step,
+            index,
+            name,
+            claim.counts_of(name).started + 1,
+            execution.updated_at,
+        )
+        return Claim(execution, attempt, claim.counts)
+
+    def _rest_at_once(self, work: UnitOfWork, claim: Claim, status: FlowStatus, reason: str) -> Claim:
+        """Leave RUNNING without an attempt: the second number that the claim took is this transition's."""
+        execution = claim.execution
+        at = work.executions.move(
+            execution, status, step=execution.execution_step, task_index=execution.current_task_index
+        )
+        self._add_transition(
+            work, execution, status, at, step=execution.execution_step, worker=execution.lease_owner, reason=reason
+        )
+        after = self._existing(work, execution.execution_id)
+        return claim.at_rest(with_context(after, execution.execution_context))
+
+    def _record(self, work: UnitOfWork, checkpoint: Checkpoint) -> Recorded | None:
+        """Write one checkpoint; the fence comes first, so that a refused one writes nothing."""
+        then = checkpoint.then
+        if isinstance(then, NextAttempt):
+            advanced = work.executions.advance(checkpoint, then)
+            if advanced is None:
+                return None
+            at, lease_expires_at = advanced
+            work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, at)
+            attempt = TaskExecution(
+                flow_execution_id=checkpoint.execution_id,
+                flow_execution_step=checkpoint.step + 1,
+                task_index=then.task_index,
+                name=then.task_name,
+                attempt=then.attempt,
+                status=TaskStatus.RUNNING,
+                started_at=at,
+                worker=checkpoint.worker,
+            )
+            work.attempts.add(attempt, checkpoint.epoch)
+            return Recorded(at, attempt, lease_expires_at)
+        rested_at = work.executions.rest(checkpoint, then)
+        if rested_at is None:
+            return None
+        work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, rested_at)
+        work.transitions.add(
+            FlowTransition(
+                flow_execution_id=checkpoint.execution_id,
+                flow_execution_step=checkpoint.step + 1,
+                from_status=FlowStatus.RUNNING,
+                to_status=then.status,
+                at=rested_at,
+                worker=checkpoint.worker,
+                reason=then.reason,
+            ),
+            then.task_index,
+        )
+        return Recorded(rested_at, None, None)
+
+    def _index_reached(self, work: UnitOfWork, execution: FlowExecution, task_name: str) -> int:
+        completed = work.contexts.progress([execution])[execution.execution_id].completed
+        if task_name in completed:
+            return completed.index(task_name)
+        current = [
+            attempt.name
+            for attempt in work.attempts.of(execution.execution_id)
+            if attempt.task_index == execution.current_task_index
+        ]
+        if current and task_name == current[-1]:
+            return execution.current_task_index
+        reached = [*completed, *current[-1:]]
+        raise TemplateError(
+            f"execution {execution.execution_id} has not reached a task {task_name!r}; it can be re-run from: {reached}"
+        )
+
+    def _task_name(self, execution: FlowExecution) -> str:
+        template = self._templates.get(execution.template_name)
+        names = template.task_names if template is not None else ()
+        index = execution.current_task_index
+        return names[index] if index < len(names) else f"task-{index}"
+
+
+def initial_delta(context: ExecutionContext | Mapping[str, Any] | None) -> ContextDelta:
+    """What an execution begins with, encoded: from here on the caller may change its objects as it likes."""
+    return _as_context({} if context is None else context).delta_from(NO_CONTEXT)
+
+
+def runnable_status(status: FlowStatus) -> FlowStatus:
+    """The status, if an execution can be claimed from it; `InvalidArgumentError` otherwise."""
+    valid = _valid_status(status)
+    if valid not in RUNNABLE_STATUSES:
+        raise InvalidArgumentError("status", status, "FlowStatus.SCHEDULED or FlowStatus.RESCHEDULED")
+    return valid
+
+
+def _as_context(context: ExecutionContext | Mapping[str, Any]) -> ExecutionContext:
+    if isinstance(context, ExecutionContext):
+        return context
+    if isinstance(context, Mapping):
+        return ExecutionContext(context)
+    raise InvalidArgumentError("context", context, "an ExecutionContext")
+
+
+def _valid_status(status: FlowStatus) -> FlowStatus:
+    try:
+        return FlowStatus(status)
+    except ValueError:
+        raise InvalidArgumentError("status", status, f"one of {[str(each) for each in FlowStatus]}") from None
+
+
+def _valid_id(execution_id: int) -> int:
+    if isinstance(execution_id, bool) or not isinstance(execution_id, int) or not 0 < execution_id <= MAX_ID:
+        raise UnknownExecutionError(execution_id)
+    return execution_id
+
+
+def _valid_priority(priority: int) -> int:
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+        raise InvalidArgumentError("priority", priority, f"an int from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+    return priority
+
+
+def _valid_run_at(run_at: datetime | None, delay: timedelta | float | None) -> datetime | None:
+    if run_at is None:
+        return None
+    if delay is not None:
+        raise InvalidArgumentError("delay", delay, "either run_at or delay, not both")
+    if not isinstance(run_at, datetime) or run_at.utcoffset() is None:
+        raise InvalidArgumentError("run_at", run_at, "an aware datetime, for example datetime.now(timezone.utc)")
+    if not 1970 <= run_at.year <= 9000:
+        raise InvalidArgumentError("run_at", run_at, "a year from 1970 to 9000")
+    return run_at.astimezone(timezone.utc)
+
+
+def _valid_delay(delay: timedelta | float | None) -> float:
+    if delay is None:
+        return 0.0
+    seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+        raise InvalidArgumentError("delay", delay, "a timedelta or a number of seconds")
+    if not 0 <= seconds <= MAX_WAIT_SECONDS:
+        raise InvalidArgumentError("delay", delay, "a delay from none to ten years")
+    return float(seconds)
+
+
+def _valid_filter(criteria: FlowFilter) -> FlowFilter:
+    if not isinstance(criteria, FlowFilter):
+        raise InvalidArgumentError("criteria", criteria, "a FlowFilter")
+    if criteria.limit < 1 or criteria.limit > 10_000:
+        raise InvalidArgumentError("limit", criteria.limit, "a limit from 1 to 10,000")
+    for name in ("created_after", "created_before"):
+        moment = getattr(criteria, name)
+        if moment is not None and moment.utcoffset() is None:
+            raise InvalidArgumentError(name, moment, "an aware datetime")
+    return criteria
+
+
+def _connection_of(session: Session | Connection | None) -> Connection | None:
+    if session is None:
+        return None
+    if isinstance(session, Session):
+        connection = session.connection()
+    elif isinstance(session, Connection):
+        connection = session
+    else:
+        hint = ""
+        if hasattr(session, "run_sync"):
+            hint = "; from asyncio: await session.run_sync(lambda sync: runner.schedule_flow(..., session=sync))"
+        raise InvalidArgumentError("session", session, f"a sqlalchemy.orm.Session or sqlalchemy.Connection{hint}")
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        raise InvalidArgumentError("session", session, "a transaction; at AUTOCOMMIT there is none to join")
+    return connection
+
+
+def _way_out(status: FlowStatus) -> str:
+    if status.is_final:
+        return f"{status} is final; schedule a new execution"
+    return f"from {status} it can become {', '.join(sorted(each for each in FlowStatus if status.allows(each)))}"
+
+
+def _by_hand(execution: FlowExecution, end: AttemptEnd, then: NextAttempt) -> Checkpoint:
+    return Checkpoint(
+        execution.execution_id,
+        execution.epoch,
+        execution.lease_owner or "",
+        execution.execution_step,
+        end,
+        then,
+        lease_seconds=30.0,
+    )
