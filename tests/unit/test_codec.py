@@ -978,10 +978,6 @@ def test_a_bad_zone_is_an_error_of_ours(zone: str) -> None:
         decode_value(EncodedValue("2024-01-01T00:00:00", f"datetime[{zone}]"), "when")
 
 
-def test_importing_the_codec_does_no_work() -> None:
-    script = (
-        "import sys, ebbs_and_flows.codec as codec\n"
-        "assert not {'sqlalchemy', 'alembic', 'numpy'} & sys.modules.keys()\n"
-        "assert not codec.REGISTRY._by_name\n"
-    )
+def test_nothing_is_registered_by_importing() -> None:
+    script = "import ebbs_and_flows.codec as codec; assert not codec.REGISTRY._by_name"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -29,7 +29,7 @@ class statement_now(FunctionElement[datetime]):  # noqa: N801  # reads as the SQ
 
 
 class seconds_from_now(FunctionElement[datetime]):  # noqa: N801  # reads as the SQL function it is
-    """The database's clock plus a number of seconds."""
+    """The database's clock plus a number of seconds; NULL for NULL."""
 
     name = "seconds_from_now"
     type = UtcDateTime()

@@ -91,7 +91,7 @@ def _now(_element: Any, _compiler: Any, **_: Any) -> str:
 @compiles(seconds_from_now, "sqlite")
 def _seconds_from_now(element: Any, compiler: Any, **kwargs: Any) -> str:
     seconds = compiler.process(element.clauses, **kwargs)
-    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%.3f seconds', {seconds})) || '000')"
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', {seconds} || ' seconds') || '000')"
 
 
 @compiles(latest, "sqlite")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Float, Integer, String, bindparam, case, func, insert, literal_column, null, select, update
+from sqlalchemy import Integer, String, bindparam, case, func, insert, literal_column, null, select, update
 from sqlalchemy.sql import ColumnElement
 
 from ebbs_and_flows.executions import Failure, FlowStatus, TaskStatus
@@ -12,7 +12,6 @@ from ebbs_and_flows.persistence.databases import Database
 from ebbs_and_flows.persistence.expressions import (
     database_now,
     latest,
-    seconds_from_now,
     seconds_parameter,
     statement_now,
 )
@@ -113,10 +112,8 @@ class Statements:
             "updated_at": now,
             "lease_owner": null(),
             "lease_expires_at": null(),
-            "run_at": case(
-                (bindparam("new_wait_seconds", type_=Float()).is_(None), executions.c.run_at),
-                else_=seconds_from_now(func.coalesce(bindparam("new_wait_seconds", type_=Float()), 0.0)),
-            ),
+            # Without a wait (NULL) it stays as it is.
+            "run_at": func.coalesce(seconds_parameter("new_wait_seconds"), executions.c.run_at, type_=UtcDateTime()),
             "finished_at": case((_is_at_rest(bindparam("new_status", type_=String())), now), else_=null()),
         }
         self.rest = update(executions).where(is_held).values(moved).returning(executions.c.updated_at)
