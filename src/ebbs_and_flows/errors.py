@@ -197,7 +197,8 @@ class UnknownTemplateError(EbbsError, ValueError):
         self.registered = tuple(sorted(registered))
         there = ", ".join(repr(template) for template in self.registered) or "none"
         super().__init__(
-            f"no template {name!r} is registered; registered: {there}. Call runner.register_flow_template(template) first"
+            f"no template {name!r} is registered; registered: {there}. "
+            "Call runner.register_flow_template(template) first"
         )
 
 
@@ -243,9 +244,9 @@ class TemplateMismatchError(EbbsError, ValueError):
         self.completed = tuple(completed)
         self.current = tuple(current)
         super().__init__(
-            f"template {template_name!r} has changed under this execution: it completed {list(completed)}, the template "
-            f"is now {list(current)}. Deploy a template that begins with the completed tasks, or reschedule with "
-            f"from_task= one of the tasks that are unchanged before it"
+            f"template {template_name!r} has changed under this execution: it completed {list(completed)}, the "
+            f"template is now {list(current)}. Deploy a template that begins with the completed tasks, or reschedule "
+            f"with from_task= one of the tasks that are unchanged before it"
         )
 
 

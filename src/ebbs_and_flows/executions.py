@@ -35,8 +35,8 @@ class FlowStatus(str, Enum):
     """Set by the checkpoint of a failed attempt that is not retried. Rests until a person reschedules or cancels it."""
 
     RESCHEDULED = "RESCHEDULED"
-    """Set by a retry policy (`run_at` holds the wait), by `reschedule_flow_execution`, by recovery, and by a worker that
-    stops in good order: goes on at its current task. A crash leaves it as it is."""
+    """Set by a retry policy (`run_at` holds the wait), by `reschedule_flow_execution`, by recovery, and by a worker
+    that stops in good order: goes on at its current task. A crash leaves it as it is."""
 
     CANCELLED = "CANCELLED"
     """Set by `cancel_flow_execution`. Final: a task that was running may end, but its result is refused."""

@@ -10,7 +10,9 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
 
 from sqlalchemy.orm import Session
 
@@ -22,9 +24,13 @@ from ebbs_and_flows.names import MAX_NAME_LENGTH
 from ebbs_and_flows.tasks import Task
 
 MAX_OUTPUT_LENGTH = 16_000
-"""Characters kept of a traceback. Of a longer one the beginning and, mostly, the end: that is where the error stands."""
+"""Characters kept of a traceback. Of a longer one the beginning and, mostly, the end: that is where the error
+stands.
+"""
 
 _KEPT_FROM_THE_BEGINNING = 2_000
+
+_PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -110,11 +116,19 @@ def run_body(task: Task, name: str, context: ExecutionContext, session: Session 
 
 
 def format_failure(exception: BaseException) -> str:
-    """The traceback as Python prints it, however hostile the exception is."""
+    """The traceback as Python prints it, however hostile the exception is; from the task's own code on."""
     try:
-        return "".join(traceback.format_exception(type(exception), exception, exception.__traceback__))
+        frames = _from_the_task_on(exception.__traceback__)
+        return "".join(traceback.format_exception(type(exception), exception, frames))
     except BaseException as error:
         return f"{type(exception).__name__} (its traceback cannot be printed: {type(error).__name__})"
+
+
+def _from_the_task_on(frames: TracebackType | None) -> TracebackType | None:
+    task_frames = frames
+    while task_frames is not None and Path(task_frames.tb_frame.f_code.co_filename).parent == _PACKAGE:
+        task_frames = task_frames.tb_next
+    return task_frames or frames
 
 
 def printable(text: str) -> str:
@@ -140,7 +154,7 @@ def _call(task: Task, name: str, context: ExecutionContext, session: Session | N
     arguments = (context, session) if task.is_transactional else (context,)
     limit = task.timeout_seconds
     if task.is_async:
-        return _in_event_loop(_limited(task.run(*arguments), limit))
+        return _in_event_loop(_limited(cast("Awaitable[Any]", task.run(*arguments)), limit))
     if limit is None:
         return task.run(*arguments)
     if task.is_transactional:

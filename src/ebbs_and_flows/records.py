@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from ebbs_and_flows.scalars import SLOT_CLASSES
+from ebbs_and_flows.scalars import SLOT_CLASSES, is_clean
 
 CONTAINERS: tuple[type, ...] = (list, tuple, set, frozenset, dict)
 
@@ -77,14 +77,15 @@ class Shape:
 
 
 def shape_of(cls: type) -> Shape | None:
-    """Give the shape of a record class, `None` for any other. Computed once per class."""
+    """Give the shape of a record class; `None` for any other, and where a field's name cannot be a key. Cached."""
     try:
         return _SHAPES[cls]
     except KeyError:
         kind = _kind_of(cls)
         shape = None
-        if kind is not None:
-            annotations = kind.annotations(cls)
+        annotations = {} if kind is None else kind.annotations(cls)
+        # What is kept beside the fields is told from them by its $.
+        if kind is not None and not any(name.startswith("$") or not is_clean(name) for name in annotations):
             shape = Shape(kind, {name: slot_for(annotation) for name, annotation in annotations.items()})
         _SHAPES[cls] = shape
         return shape

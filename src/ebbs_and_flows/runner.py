@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from ebbs_and_flows.arguments import runnable_status
 from ebbs_and_flows.checkpoints import AttemptEnd, Checkpoint, Claim, NextAttempt, Rest
 from ebbs_and_flows.context import ExecutionContext
 from ebbs_and_flows.errors import (
@@ -28,7 +29,8 @@ from ebbs_and_flows.errors import (
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, Failure, FlowExecution, FlowStatus, TaskStatus
 from ebbs_and_flows.outcomes import Failed, Outcome, Success, bounded, run_body
 from ebbs_and_flows.persistence.repositories import with_context
-from ebbs_and_flows.service import CommitRefusedError, FlowService, Recorded, runnable_status
+from ebbs_and_flows.service import CommitRefusedError, FlowService
+from ebbs_and_flows.steps import Recorded
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate
 
@@ -203,7 +205,8 @@ class FlowRunner:
             self._sleep(min(max(seconds, 0.01), LONGEST_SLEEP_SECONDS))
 
     def recover(self, execution_id: int) -> FlowExecution:
-        """Take over a RUNNING execution whose worker is known to be dead, and run it to its end from the task it was at.
+        """Take over a RUNNING execution whose worker is known to be dead, and run it to its end from the task it was
+        at.
 
         The caller vouches for the death; should the worker live after all, its writes are refused from now on.
 
@@ -216,9 +219,7 @@ class FlowRunner:
             UnknownExecutionError, UnknownTemplateError: there is no such execution, or its template is not registered.
         """
         self.get_flow_template(self.service.get_flow_execution(execution_id).template_name)
-        claim = self.service.recover(
-            execution_id, self._templates, self.worker, lease_seconds=self._lease_seconds
-        )
+        claim = self.service.recover(execution_id, self._templates, self.worker, lease_seconds=self._lease_seconds)
         return self._run_to_rest(claim)
 
     # --- step by step -------------------------------------------------------------------------------------------------
@@ -249,7 +250,9 @@ class FlowRunner:
         """
         current = self.get_current_task(execution)
         if current is None or task is not current:
-            raise InvalidArgumentError("task", task, f"the current task of execution {execution.execution_id}, {current}")
+            raise InvalidArgumentError(
+                "task", task, f"the current task of execution {execution.execution_id}, {current}"
+            )
         if execution.status is not FlowStatus.RUNNING:
             raise InvalidArgumentError("execution", execution.status, "an execution that is RUNNING")
         claim = self.service.resume_by_hand(execution)
@@ -286,7 +289,7 @@ class FlowRunner:
             self._hand_back(claim, interrupt)
             raise
         if recorded is None:
-            _log(claim, "was refused: the execution is no longer held here", level=logging.WARNING)
+            _log(claim, "refused, the execution is no longer held here", level=logging.WARNING)
             return claim.at_rest(claim.execution)
         if isinstance(outcome, Failed):
             _log(claim, "failed with %s", outcome.summary, level=logging.WARNING)
@@ -294,9 +297,7 @@ class FlowRunner:
         _log(claim, "succeeded")
         return _after(claim, outcome, recorded)
 
-    def _run_transactional(
-        self, claim: Claim, template: FlowTemplate, task: Task
-    ) -> tuple[Outcome, Recorded | None]:
+    def _run_transactional(self, claim: Claim, template: FlowTemplate, task: Task) -> tuple[Outcome, Recorded | None]:
         """Run a task within the transaction that writes its checkpoint; where it fails, record that in another one."""
         attempt = claim.attempt
         assert attempt is not None, "only an open attempt can be run"
@@ -444,14 +445,17 @@ def _after(claim: Claim, outcome: Success, recorded: Recorded) -> Claim:
 def _log(claim: Claim, message: str, *values: object, level: int = logging.DEBUG) -> None:
     if not logger.isEnabledFor(level):
         return
-    attempt = claim.attempt
+    execution, attempt = claim.execution, claim.attempt
     about = {
-        "execution_id": claim.execution.execution_id,
-        "template": claim.execution.template_name,
+        "execution_id": execution.execution_id,
+        "template": execution.template_name,
         "task": attempt.name if attempt is not None else None,
         "attempt": attempt.attempt if attempt is not None else None,
     }
-    prefix = f"execution {about['execution_id']} of {about['template']}"
-    if attempt is not None:
-        prefix += f", task {attempt.name}, attempt {attempt.attempt}"
-    logger.log(level, prefix.replace("%", "%%") + " " + message, *values, extra=about)
+    logger.log(
+        level,
+        "execution %s of %s, task %s, attempt %s: " + message,  # noqa: G003  # the beginning all records share
+        *about.values(),
+        *values,
+        extra=about,
+    )

@@ -34,10 +34,12 @@ from collections.abc import Callable
 from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from pathlib import Path, PosixPath, PurePath, PurePosixPath, PureWindowsPath, WindowsPath
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 from uuid import UUID
 from zoneinfo import ZoneInfo
+
+T = TypeVar("T", datetime, time)
 
 # Integers of up to 638 digits are JSON numbers: `sys.set_int_max_str_digits` cannot be set below 640, so no setting,
 # here or where the row is read, refuses them.
@@ -49,6 +51,7 @@ _UNCLEAN = re.compile("[\x00\\\\\ud800-\udfff]")
 _ESCAPE = re.compile(r"\\(\\|u[0-9a-f]{4})?")
 _ZONED_NAME = re.compile(r"(datetime|time)(\[fold=1\])?(?:\[name=([^\[\]]*)\]|\[([\w+\-./]+)\])?", re.ASCII)
 _ZONE_KEY = re.compile(r"[\w+\-./]+", re.ASCII)
+_FINE_OFFSET = re.compile(r"([+-])(\d\d):(\d\d):(\d\d)\.(\d{6})$", re.ASCII)
 _DURATION = re.compile(r"P(-?\d{1,9})DT(\d{1,5})(?:\.(\d{6}))?S", re.ASCII)
 
 
@@ -71,6 +74,15 @@ class RefusedValueError(Exception):
     def path(self) -> str:
         """The steps as they are read: outermost first."""
         return "".join(reversed(self.steps))
+
+
+def described(error: BaseException) -> str:
+    """Say class and message of an exception that user code may have raised."""
+    try:
+        text = str(error)[:300]
+    except Exception:  # an exception that cannot be shown must not hide where it came from
+        text = "(it cannot be shown)"
+    return f"{type(error).__name__}: {text}"
 
 
 def is_clean(text: str) -> bool:
@@ -224,7 +236,7 @@ def decode_zoned(type_name: str, node: object) -> datetime | time:
     if found is None:
         raise ValueError("its suffix is neither a fold nor a time zone")
     base, fold, name, key = found.groups()
-    value = datetime.fromisoformat(_text(node)) if base == "datetime" else time.fromisoformat(_text(node))
+    value: datetime | time = _from_iso(datetime, node) if base == "datetime" else _from_iso(time, node)
     zone: tzinfo | None = value.tzinfo
     if key is not None:
         zone = ZoneInfo(key)
@@ -234,6 +246,17 @@ def decode_zoned(type_name: str, node: object) -> datetime | time:
             raise ValueError("it has the name of a time zone, but no offset")
         zone = timezone(offset, unquote(name, errors="surrogatepass"))
     return value.replace(tzinfo=zone, fold=1 if fold else 0)
+
+
+def _from_iso(cls: type[T], node: object) -> T:
+    text = _text(node)
+    fine = _FINE_OFFSET.search(text)
+    if fine is None:
+        return cls.fromisoformat(text)
+    # CPython's fromisoformat reads an offset of less than a second as UTC.
+    sign, hours, minutes, seconds, microseconds = fine.groups()
+    offset = timedelta(0, int(seconds), int(microseconds), minutes=int(minutes), hours=int(hours))
+    return cls.fromisoformat(text[: fine.start()]).replace(tzinfo=timezone(-offset if sign == "-" else offset))
 
 
 def _text(node: object) -> str:
@@ -298,8 +321,8 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "Decimal": lambda node: Decimal(_text(node)),
     "UUID": lambda node: UUID(_text(node)),
     "date": lambda node: date.fromisoformat(_text(node)),
-    "datetime": lambda node: datetime.fromisoformat(_text(node)),
-    "time": lambda node: time.fromisoformat(_text(node)),
+    "datetime": lambda node: _from_iso(datetime, node),
+    "time": lambda node: _from_iso(time, node),
     "timedelta": _decode_timedelta,
     **_path_decoders("Path", Path),
     **_path_decoders("PurePosixPath", PurePosixPath),

@@ -1,4 +1,6 @@
-"""The database schema: bring it up to this release, see where it is, write its SQL. The only module that uses Alembic."""
+"""The database schema: bring it up to this release, see where it is, write its SQL. The only module that uses
+Alembic.
+"""
 
 from __future__ import annotations
 
@@ -195,5 +197,6 @@ def _check_schema_name(schema: str | None, dialect: str) -> None:
         raise DatabaseUrlError(f"schema={schema!r} is for PostgreSQL: {dialect} has no named schemas")
     if not isinstance(schema, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_$]{0,62}", schema):
         raise DatabaseUrlError(
-            f"schema={schema!r} cannot be used: letters, digits, _ and $, not beginning with a digit, at most 63 characters"
+            f"schema={schema!r} cannot be used: letters, digits, _ and $, not beginning with a digit, "
+            "at most 63 characters"
         )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any
 
@@ -14,20 +12,29 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from ebbs_and_flows import schema as database_schema
+from ebbs_and_flows import schema as database_schema, steps
+from ebbs_and_flows.arguments import (
+    as_context,
+    connection_of,
+    runnable_status,
+    valid_delay,
+    valid_filter,
+    valid_id,
+    valid_priority,
+    valid_run_at,
+    valid_status,
+    way_out,
+)
 from ebbs_and_flows.checkpoints import AttemptEnd, Checkpoint, Claim, NextAttempt
 from ebbs_and_flows.context import ContextDelta, ExecutionContext
 from ebbs_and_flows.errors import (
     InvalidArgumentError,
     LeaseLostError,
     SchemaError,
-    TemplateError,
-    TemplateMismatchError,
     TransitionError,
     UnknownExecutionError,
 )
 from ebbs_and_flows.executions import (
-    RUNNABLE_STATUSES,
     Failure,
     FlowExecution,
     FlowFilter,
@@ -38,24 +45,12 @@ from ebbs_and_flows.executions import (
 )
 from ebbs_and_flows.names import valid_name
 from ebbs_and_flows.persistence.databases import create_engine_for, database_of
-from ebbs_and_flows.persistence.repositories import NO_CONTEXT, NewExecution, Progress, with_context
+from ebbs_and_flows.persistence.repositories import NO_CONTEXT, NewExecution
 from ebbs_and_flows.persistence.statements import Statements
 from ebbs_and_flows.persistence.tables import build_tables
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
-from ebbs_and_flows.retries import MAX_WAIT_SECONDS
+from ebbs_and_flows.steps import Recorded
 from ebbs_and_flows.templates import FlowTemplate
-
-MAX_ID = 2**63 - 1
-MAX_PRIORITY = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What came of a checkpoint: the next attempt, if one was started, and the new state of the execution's row."""
-
-    at: datetime
-    attempt: TaskExecution | None
-    lease_expires_at: datetime | None
 
 
 class CommitRefusedError(Exception):
@@ -126,7 +121,7 @@ class FlowService:
         delta = initial_delta(context)
         new = NewExecution(valid_name("template", template_name), FlowStatus.CREATED, 1)
         with self._work() as work:
-            execution_id = self._add(work, new, delta)
+            execution_id = steps.add(work, new, delta)
             work.commit()
         return self.get_flow_execution(execution_id)
 
@@ -163,15 +158,15 @@ class FlowService:
             template_name=valid_name("template", template_name),
             status=FlowStatus.SCHEDULED,
             execution_step=2,
-            priority=_valid_priority(priority),
+            priority=valid_priority(priority),
             queue=valid_name("queue", queue),
             idempotency_key=None if idempotency_key is None else valid_name("idempotency key", idempotency_key),
-            run_at=_valid_run_at(run_at, delay),
-            delay_seconds=_valid_delay(delay),
+            run_at=valid_run_at(run_at, delay),
+            delay_seconds=valid_delay(delay),
         )
         delta = initial_delta(context)
-        with self._work(joined=_connection_of(session)) as work:
-            execution_id = self._add(work, new, delta)
+        with self._work(joined=connection_of(session)) as work:
+            execution_id = steps.add(work, new, delta)
             work.commit()
         return execution_id
 
@@ -184,7 +179,7 @@ class FlowService:
             UnknownExecutionError: there is none of this id.
         """
         with self._work(writes=False) as work:
-            return work.contexts.with_contexts([self._existing(work, execution_id)])[0]
+            return work.contexts.with_contexts([steps.existing(work, execution_id)])[0]
 
     def get_runnable_flow(self, status: FlowStatus = FlowStatus.SCHEDULED) -> FlowExecution | None:
         """The execution that would be claimed next from this status; `None` if none is due. Claims nothing.
@@ -203,7 +198,7 @@ class FlowService:
         Raises:
             InvalidArgumentError: a filter that cannot be used.
         """
-        criteria = _valid_filter(criteria if criteria is not None else FlowFilter())
+        criteria = valid_filter(criteria if criteria is not None else FlowFilter())
         with self._work(writes=False) as work:
             return work.contexts.with_contexts(work.executions.find(criteria))
 
@@ -214,7 +209,7 @@ class FlowService:
             UnknownExecutionError: there is no such execution.
         """
         with self._work(writes=False) as work:
-            execution = self._existing(work, execution_id)
+            execution = steps.existing(work, execution_id)
             return work.attempts.of(execution.execution_id)
 
     def get_flow_task_execution_history(self, execution_id: int) -> list[TaskExecution]:
@@ -247,7 +242,7 @@ class FlowService:
             UnknownExecutionError: there is no such execution.
         """
         with self._work(writes=False) as work:
-            execution = self._existing(work, execution_id)
+            execution = steps.existing(work, execution_id)
             return work.transitions.of(execution.execution_id)
 
     def seconds_until_due(self, status: FlowStatus, templates: Collection[str]) -> float | None:
@@ -278,36 +273,41 @@ class FlowService:
             reason: recorded with the transition.
             worker, lease_seconds: who holds it from now on and for how long; only for RUNNING, which raises the epoch.
 
-        An attempt that is open when the execution leaves RUNNING is ended as FAILED, with what happened as its error type.
+        An attempt that is open when the execution leaves RUNNING is ended as FAILED, with what happened as its error
+        type.
 
         Raises:
             TransitionError: the execution's status has no edge to this one. Nothing is written.
             UnknownExecutionError: there is no such execution.
             UnserializableValueError: the context holds a value that cannot be stored. Nothing is written.
         """
-        status = _valid_status(status)
-        replacement = None if context is None else _as_context(context)
+        status = valid_status(status)
+        replacement = None if context is None else as_context(context)
         with self._work() as work:
-            execution = self._existing(work, execution_id, lock=True)
+            execution = steps.existing(work, execution_id, lock=True)
             if not execution.status.allows(status):
-                raise TransitionError(execution.execution_id, execution.status, status, _way_out(execution.status))
+                raise TransitionError(execution.execution_id, execution.status, status, way_out(execution.status))
             delta = None
             if replacement is not None:
                 delta = replacement.delta_from(work.contexts.progress([execution])[execution.execution_id].context)
             if status is FlowStatus.RUNNING:
-                claimed = work.executions.claim_one(execution.execution_id, worker or "by hand", lease_seconds, numbers=1)
+                claimed = work.executions.claim_one(
+                    execution.execution_id, worker or "by hand", lease_seconds, numbers=1
+                )
                 assert claimed is not None, "the row is locked and its status allows it"
-                self._add_transition(work, execution, status, claimed.updated_at, worker=worker, reason=reason, delta=delta)
+                steps.add_transition(
+                    work, execution, status, claimed.updated_at, worker=worker, reason=reason, delta=delta
+                )
             else:
-                self._leave(work, execution, status, reason=reason, delta=delta)
+                steps.leave(work, execution, status, reason=reason, delta=delta)
             work.commit()
         return self.get_flow_execution(execution_id)
 
     def cancel(self, execution_id: int, reason: str | None = None) -> FlowExecution:
         """Cancel an execution that is not final. Once this has returned, no task of it starts any more. Commits.
 
-        A task that is running may run to its end, but what it returns is refused, and what a transactional task wrote is
-        rolled back.
+        A task that is running may run to its end, but what it returns is refused, and what a transactional task wrote
+        is rolled back.
 
         Raises:
             TransitionError: it has succeeded or was cancelled already.
@@ -327,16 +327,16 @@ class FlowService:
             UnknownExecutionError: there is no such execution.
         """
         with self._work() as work:
-            execution = self._existing(work, execution_id, lock=True)
+            execution = steps.existing(work, execution_id, lock=True)
             if execution.status is not FlowStatus.FAILED:
                 raise TransitionError(
-                    execution.execution_id, execution.status, FlowStatus.RESCHEDULED, _way_out(execution.status)
+                    execution.execution_id, execution.status, FlowStatus.RESCHEDULED, way_out(execution.status)
                 )
             task_index = execution.current_task_index
             if from_task is not None:
-                task_index = self._index_reached(work, execution, valid_name("task", from_task))
+                task_index = steps.index_reached(work, execution, valid_name("task", from_task))
                 reason = reason or f"from task {from_task!r}"
-            self._leave(work, execution, FlowStatus.RESCHEDULED, reason=reason, task_index=task_index)
+            steps.leave(work, execution, FlowStatus.RESCHEDULED, reason=reason, task_index=task_index)
             work.commit()
         return self.get_flow_execution(execution_id)
 
@@ -358,7 +358,7 @@ class FlowService:
             UnknownExecutionError: there is no such execution.
         """
         with self._work() as work:
-            found = self._existing(work, execution.execution_id, lock=True)
+            found = steps.existing(work, execution.execution_id, lock=True)
             if (
                 found.status is not FlowStatus.RUNNING
                 or found.epoch != execution.epoch
@@ -396,18 +396,20 @@ class FlowService:
             TransitionError: the attempt has ended already, or its execution is not RUNNING.
             UnknownExecutionError: there is no such execution or attempt.
         """
-        if task_execution.flow_execution_id != _valid_id(execution_id):
+        if task_execution.flow_execution_id != valid_id(execution_id):
             raise InvalidArgumentError("task_execution", task_execution, f"an attempt of execution {execution_id}")
         succeeded = task_execution.status is TaskStatus.SUCCEEDED
         if task_execution.status is TaskStatus.RUNNING:
             raise InvalidArgumentError("task_execution", task_execution, "the status SUCCEEDED or FAILED")
-        returned = None if context is None else _as_context(context)
+        returned = None if context is None else as_context(context)
         with self._work() as work:
-            execution = self._existing(work, execution_id, lock=True)
+            execution = steps.existing(work, execution_id, lock=True)
             attempts = {each.flow_execution_step: each for each in work.attempts.of(execution.execution_id)}
             found = attempts.get(task_execution.flow_execution_step)
             if found is None:
-                raise UnknownExecutionError(execution_id, f" with an attempt at step {task_execution.flow_execution_step}")
+                raise UnknownExecutionError(
+                    execution_id, f" with an attempt at step {task_execution.flow_execution_step}"
+                )
             if found.status is not TaskStatus.RUNNING or execution.status is not FlowStatus.RUNNING:
                 raise TransitionError(
                     execution_id, execution.status, task_execution.status, f"its attempt is {found.status}"
@@ -444,7 +446,7 @@ class FlowService:
         elif attempt.flow_execution_step != execution.execution_step:
             raise LeaseLostError(execution.execution_id, execution.epoch)
         with self._work(writes=False) as work:
-            found = work.contexts.with_contexts([self._existing(work, execution.execution_id)])[0]
+            found = work.contexts.with_contexts([steps.existing(work, execution.execution_id)])[0]
             counts = work.attempts.counts([execution.execution_id])
         if found.epoch != execution.epoch:
             raise LeaseLostError(execution.execution_id, execution.epoch)
@@ -461,7 +463,8 @@ class FlowService:
         lease_seconds: float,
         limit: int = 1,
     ) -> list[Claim]:
-        """Take due executions of these templates for a worker and start the attempt at each one's current task. Commits.
+        """Take due executions of these templates for a worker and start the attempt at each one's current task.
+        Commits.
 
         An execution whose template no longer begins with the tasks it has completed is parked as FAILED, and comes back
         as a claim without an attempt; so does one that has nothing left to run, as SUCCEEDED.
@@ -475,7 +478,7 @@ class FlowService:
             claimed = work.executions.claim_due(statuses, templates, worker, lease_seconds, limit)
             if not claimed:
                 return []
-            claims = self._begin(work, claimed, templates)
+            claims = steps.begin(work, claimed, templates)
             work.commit()
         return claims
 
@@ -486,7 +489,7 @@ class FlowService:
             For each checkpoint what came of it, `None` where it was refused because the execution is no longer held.
         """
         with self._work() as work:
-            recorded = [self._record(work, checkpoint) for checkpoint in checkpoints]
+            recorded = [steps.record(work, checkpoint) for checkpoint in checkpoints]
             work.commit()
         return recorded
 
@@ -506,7 +509,7 @@ class FlowService:
         with self._work() as work:
             with work.session() as session:
                 checkpoint = body(session, work.is_intact)
-            recorded = self._record(work, checkpoint)
+            recorded = steps.record(work, checkpoint)
             if recorded is None:
                 return None
             try:
@@ -523,30 +526,26 @@ class FlowService:
         """Take over an execution whose worker is known to be dead, whatever is left of its lease. Commits.
 
         The attempt that the worker left open ends as FAILED with the error type `WorkerLost`. The execution is
-        rescheduled and claimed again by this worker, or, where its task has lost `max_crashes` workers, parked as FAILED
-        (a claim without an attempt).
+        rescheduled and claimed again by this worker, or, where its task has lost `max_crashes` workers, parked as
+        FAILED (a claim without an attempt).
 
         Raises:
             TransitionError: the execution is not RUNNING.
             UnknownExecutionError: there is no such execution.
         """
         with self._work() as work:
-            execution = self._existing(work, execution_id, lock=True)
+            execution = steps.existing(work, execution_id, lock=True)
             if execution.status is not FlowStatus.RUNNING:
-                raise TransitionError(
-                    execution.execution_id, execution.status, "recovered", _way_out(execution.status)
-                )
-            verdict = self._lose_worker(work, execution, templates[execution.template_name])
+                raise TransitionError(execution.execution_id, execution.status, "recovered", way_out(execution.status))
+            verdict = steps.lose_worker(work, execution, templates[execution.template_name])
             if verdict is FlowStatus.FAILED:
-                claim = Claim(work.contexts.with_contexts([self._existing(work, execution_id)])[0], None)
+                claim = Claim(work.contexts.with_contexts([steps.existing(work, execution_id)])[0], None)
             else:
                 claimed = work.executions.claim_one(execution.execution_id, worker, lease_seconds)
                 assert claimed is not None, "the row is locked and RESCHEDULED"
-                claim = self._begin(work, [claimed], templates)[0]
+                claim = steps.begin(work, [claimed], templates)[0]
             work.commit()
         return claim
-
-    # --- steps of the above, each within its caller's unit of work ----------------------------------------------------
 
     def _work(self, *, joined: Connection | None = None, writes: bool = True) -> UnitOfWork:
         return UnitOfWork(self._working_engine, self._database, self._statements, joined=joined, writes=writes)
@@ -559,228 +558,6 @@ class FlowService:
                 raise
             database_schema.upgrade(self.engine, schema=self.schema)
 
-    def _existing(self, work: UnitOfWork, execution_id: int, *, lock: bool = False) -> FlowExecution:
-        execution = work.executions.get(_valid_id(execution_id), lock=lock)
-        if execution is None:
-            raise UnknownExecutionError(execution_id)
-        return execution
-
-    def _add(self, work: UnitOfWork, new: NewExecution, delta: ContextDelta) -> int:
-        while True:
-            added = work.executions.add(new)
-            if added is not None:
-                break
-            assert new.idempotency_key is not None, "nothing else can conflict"
-            existing = work.executions.id_of_key(new.idempotency_key)
-            if existing is not None:
-                return existing
-        execution_id, at = added
-        created = FlowTransition(
-            flow_execution_id=execution_id,
-            flow_execution_step=1,
-            from_status=None,
-            to_status=FlowStatus.CREATED,
-            at=at,
-        )
-        work.transitions.add(created, 0, delta)
-        if new.status is FlowStatus.SCHEDULED:
-            work.transitions.add(
-                created.model_copy(
-                    update={
-                        "flow_execution_step": 2,
-                        "from_status": FlowStatus.CREATED,
-                        "to_status": FlowStatus.SCHEDULED,
-                    }
-                ),
-                0,
-            )
-        return execution_id
-
-    def _add_transition(
-        self,
-        work: UnitOfWork,
-        execution: FlowExecution,
-        status: FlowStatus,
-        at: datetime,
-        *,
-        step: int | None = None,
-        from_status: FlowStatus | None = None,
-        worker: str | None = None,
-        reason: str | None = None,
-        delta: ContextDelta | None = None,
-    ) -> None:
-        work.transitions.add(
-            FlowTransition(
-                flow_execution_id=execution.execution_id,
-                flow_execution_step=step if step is not None else execution.execution_step + 1,
-                from_status=from_status or execution.status,
-                to_status=status,
-                at=at,
-                worker=worker,
-                reason=reason,
-            ),
-            execution.current_task_index,
-            delta,
-        )
-
-    def _leave(
-        self,
-        work: UnitOfWork,
-        execution: FlowExecution,
-        status: FlowStatus,
-        *,
-        reason: str | None = None,
-        task_index: int | None = None,
-        delta: ContextDelta | None = None,
-    ) -> None:
-        """Move an execution that is locked to a status other than RUNNING, ending the attempt it may have open."""
-        at = work.executions.move(
-            execution,
-            status,
-            step=execution.execution_step + 1,
-            task_index=execution.current_task_index if task_index is None else task_index,
-            wait_seconds=0.0 if status is FlowStatus.RESCHEDULED else None,
-        )
-        if execution.status is FlowStatus.RUNNING:
-            error_type = "FlowCancelled" if status is FlowStatus.CANCELLED else "StatusChanged"
-            ended = f"The execution became {status} while this attempt was running."
-            work.attempts.end_open(execution.execution_id, Failure.CANCELLED, error_type, ended, at)
-        self._add_transition(work, execution, status, at, reason=reason, delta=delta)
-
-    def _lose_worker(self, work: UnitOfWork, execution: FlowExecution, template: FlowTemplate) -> FlowStatus:
-        """End what a dead worker left open, and reschedule the execution, or park it if that has happened too often."""
-        attempts = work.attempts.of(execution.execution_id)
-        open_names = [attempt.name for attempt in attempts if attempt.status is TaskStatus.RUNNING]
-        lost_by = f"Worker {execution.lease_owner} was lost while this attempt was running."
-        status, reason = FlowStatus.RESCHEDULED, f"worker {execution.lease_owner} was lost"
-        for name in open_names:
-            lost = 1 + sum(1 for each in attempts if each.name == name and each.failure is Failure.LOST)
-            task = template.get_task(template.task_names.index(name)) if name in template.task_names else None
-            if task is not None and lost >= task.retry.max_crashes:
-                status = FlowStatus.FAILED
-                reason = f"task {name!r} lost its worker {lost} times, max_crashes is {task.retry.max_crashes}"
-        at = work.executions.move(
-            execution,
-            status,
-            step=execution.execution_step + 1,
-            task_index=execution.current_task_index,
-            wait_seconds=0.0 if status is FlowStatus.RESCHEDULED else None,
-        )
-        work.attempts.end_open(execution.execution_id, Failure.LOST, "WorkerLost", lost_by, at)
-        self._add_transition(work, execution, status, at, reason=reason)
-        return status
-
-    def _begin(
-        self, work: UnitOfWork, claimed: Sequence[FlowExecution], templates: Mapping[str, FlowTemplate]
-    ) -> list[Claim]:
-        """Write the transition of each execution just claimed, and the first attempt that follows from it."""
-        progress = work.contexts.progress(claimed)
-        counts = work.attempts.counts([each.execution_id for each in claimed if each.epoch > 1])
-        claims = []
-        for execution in claimed:
-            # The first claim is from SCHEDULED, every later one from RESCHEDULED: there is no other way to RUNNING.
-            before = FlowStatus.SCHEDULED if execution.epoch == 1 else FlowStatus.RESCHEDULED
-            self._add_transition(
-                work,
-                execution,
-                FlowStatus.RUNNING,
-                execution.updated_at,
-                step=execution.execution_step - 1,
-                from_status=before,
-                worker=execution.lease_owner,
-            )
-            standing = progress[execution.execution_id]
-            claim = Claim(with_context(execution, standing.context), None, counts.get(execution.execution_id, {}))
-            claims.append(self._start(work, claim, standing, templates[execution.template_name]))
-        return claims
-
-    def _start(self, work: UnitOfWork, claim: Claim, standing: Progress, template: FlowTemplate) -> Claim:
-        """Start the attempt at the current task; or come to rest where the template has changed, or has no task left."""
-        execution, index = claim.execution, claim.execution.current_task_index
-        try:
-            template.check_completed(standing.completed)
-        except TemplateMismatchError as error:
-            return self._rest_at_once(work, claim, FlowStatus.FAILED, f"TemplateMismatchError: {error}")
-        if template.get_task(index) is None:
-            return self._rest_at_once(work, claim, FlowStatus.SUCCEEDED, "the template has no task left to run")
-        name = template.task_names[index]
-        attempt = work.attempts.start(
-            execution,
-            execution.execution_step,
-            index,
-            name,
-            claim.counts_of(name).started + 1,
-            execution.updated_at,
-        )
-        return Claim(execution, attempt, claim.counts)
-
-    def _rest_at_once(self, work: UnitOfWork, claim: Claim, status: FlowStatus, reason: str) -> Claim:
-        """Leave RUNNING without an attempt: the second number that the claim took is this transition's."""
-        execution = claim.execution
-        at = work.executions.move(
-            execution, status, step=execution.execution_step, task_index=execution.current_task_index
-        )
-        self._add_transition(
-            work, execution, status, at, step=execution.execution_step, worker=execution.lease_owner, reason=reason
-        )
-        after = self._existing(work, execution.execution_id)
-        return claim.at_rest(with_context(after, execution.execution_context))
-
-    def _record(self, work: UnitOfWork, checkpoint: Checkpoint) -> Recorded | None:
-        """Write one checkpoint; the fence comes first, so that a refused one writes nothing."""
-        then = checkpoint.then
-        if isinstance(then, NextAttempt):
-            advanced = work.executions.advance(checkpoint, then)
-            if advanced is None:
-                return None
-            at, lease_expires_at = advanced
-            work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, at)
-            attempt = TaskExecution(
-                flow_execution_id=checkpoint.execution_id,
-                flow_execution_step=checkpoint.step + 1,
-                task_index=then.task_index,
-                name=then.task_name,
-                attempt=then.attempt,
-                status=TaskStatus.RUNNING,
-                started_at=at,
-                worker=checkpoint.worker,
-            )
-            work.attempts.add(attempt, checkpoint.epoch)
-            return Recorded(at, attempt, lease_expires_at)
-        rested_at = work.executions.rest(checkpoint, then)
-        if rested_at is None:
-            return None
-        work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, rested_at)
-        work.transitions.add(
-            FlowTransition(
-                flow_execution_id=checkpoint.execution_id,
-                flow_execution_step=checkpoint.step + 1,
-                from_status=FlowStatus.RUNNING,
-                to_status=then.status,
-                at=rested_at,
-                worker=checkpoint.worker,
-                reason=then.reason,
-            ),
-            then.task_index,
-        )
-        return Recorded(rested_at, None, None)
-
-    def _index_reached(self, work: UnitOfWork, execution: FlowExecution, task_name: str) -> int:
-        completed = work.contexts.progress([execution])[execution.execution_id].completed
-        if task_name in completed:
-            return completed.index(task_name)
-        current = [
-            attempt.name
-            for attempt in work.attempts.of(execution.execution_id)
-            if attempt.task_index == execution.current_task_index
-        ]
-        if current and task_name == current[-1]:
-            return execution.current_task_index
-        reached = [*completed, *current[-1:]]
-        raise TemplateError(
-            f"execution {execution.execution_id} has not reached a task {task_name!r}; it can be re-run from: {reached}"
-        )
-
     def _task_name(self, execution: FlowExecution) -> str:
         template = self._templates.get(execution.template_name)
         names = template.task_names if template is not None else ()
@@ -790,100 +567,7 @@ class FlowService:
 
 def initial_delta(context: ExecutionContext | Mapping[str, Any] | None) -> ContextDelta:
     """What an execution begins with, encoded: from here on the caller may change its objects as it likes."""
-    return _as_context({} if context is None else context).delta_from(NO_CONTEXT)
-
-
-def runnable_status(status: FlowStatus) -> FlowStatus:
-    """The status, if an execution can be claimed from it; `InvalidArgumentError` otherwise."""
-    valid = _valid_status(status)
-    if valid not in RUNNABLE_STATUSES:
-        raise InvalidArgumentError("status", status, "FlowStatus.SCHEDULED or FlowStatus.RESCHEDULED")
-    return valid
-
-
-def _as_context(context: ExecutionContext | Mapping[str, Any]) -> ExecutionContext:
-    if isinstance(context, ExecutionContext):
-        return context
-    if isinstance(context, Mapping):
-        return ExecutionContext(context)
-    raise InvalidArgumentError("context", context, "an ExecutionContext")
-
-
-def _valid_status(status: FlowStatus) -> FlowStatus:
-    try:
-        return FlowStatus(status)
-    except ValueError:
-        raise InvalidArgumentError("status", status, f"one of {[str(each) for each in FlowStatus]}") from None
-
-
-def _valid_id(execution_id: int) -> int:
-    if isinstance(execution_id, bool) or not isinstance(execution_id, int) or not 0 < execution_id <= MAX_ID:
-        raise UnknownExecutionError(execution_id)
-    return execution_id
-
-
-def _valid_priority(priority: int) -> int:
-    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
-        raise InvalidArgumentError("priority", priority, f"an int from -{MAX_PRIORITY} to {MAX_PRIORITY}")
-    return priority
-
-
-def _valid_run_at(run_at: datetime | None, delay: timedelta | float | None) -> datetime | None:
-    if run_at is None:
-        return None
-    if delay is not None:
-        raise InvalidArgumentError("delay", delay, "either run_at or delay, not both")
-    if not isinstance(run_at, datetime) or run_at.utcoffset() is None:
-        raise InvalidArgumentError("run_at", run_at, "an aware datetime, for example datetime.now(timezone.utc)")
-    if not 1970 <= run_at.year <= 9000:
-        raise InvalidArgumentError("run_at", run_at, "a year from 1970 to 9000")
-    return run_at.astimezone(timezone.utc)
-
-
-def _valid_delay(delay: timedelta | float | None) -> float:
-    if delay is None:
-        return 0.0
-    seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
-        raise InvalidArgumentError("delay", delay, "a timedelta or a number of seconds")
-    if not 0 <= seconds <= MAX_WAIT_SECONDS:
-        raise InvalidArgumentError("delay", delay, "a delay from none to ten years")
-    return float(seconds)
-
-
-def _valid_filter(criteria: FlowFilter) -> FlowFilter:
-    if not isinstance(criteria, FlowFilter):
-        raise InvalidArgumentError("criteria", criteria, "a FlowFilter")
-    if criteria.limit < 1 or criteria.limit > 10_000:
-        raise InvalidArgumentError("limit", criteria.limit, "a limit from 1 to 10,000")
-    for name in ("created_after", "created_before"):
-        moment = getattr(criteria, name)
-        if moment is not None and moment.utcoffset() is None:
-            raise InvalidArgumentError(name, moment, "an aware datetime")
-    return criteria
-
-
-def _connection_of(session: Session | Connection | None) -> Connection | None:
-    if session is None:
-        return None
-    if isinstance(session, Session):
-        connection = session.connection()
-    elif isinstance(session, Connection):
-        connection = session
-    else:
-        hint = ""
-        if hasattr(session, "run_sync"):
-            hint = "; from asyncio: await session.run_sync(lambda sync: runner.schedule_flow(..., session=sync))"
-        raise InvalidArgumentError("session", session, f"a sqlalchemy.orm.Session or sqlalchemy.Connection{hint}")
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
-        raise InvalidArgumentError("session", session, "a transaction; at AUTOCOMMIT there is none to join")
-    return connection
-
-
-def _way_out(status: FlowStatus) -> str:
-    if status.is_final:
-        return f"{status} is final; schedule a new execution"
-    return f"from {status} it can become {', '.join(sorted(each for each in FlowStatus if status.allows(each)))}"
+    return as_context({} if context is None else context).delta_from(NO_CONTEXT)
 
 
 def _by_hand(execution: FlowExecution, end: AttemptEnd, then: NextAttempt) -> Checkpoint:

@@ -98,8 +98,9 @@ class Task(ABC):
 class TransactionalTask(Task):
     """A unit of work whose effects in the flow's own database and whose checkpoint commit together: exactly once.
 
-    The session belongs to a transaction that the library begins and ends. `session.commit()` and `session.rollback()` in
-    the task act on a savepoint within it. What the task does outside that session (mails, HTTP calls) is at least once.
+    The session belongs to a transaction that the library begins and ends. `session.commit()` and `session.rollback()`
+    in the task act on a savepoint within it. What the task does outside that session (mails, HTTP calls) is at least
+    once.
     """
 
     @abstractmethod
@@ -140,7 +141,9 @@ class FunctionTask(Task, Generic[P, R]):
     ) -> None:
         functools.update_wrapper(self, function)
         self.function = function
-        self.name = valid_name("task", name if name is not None else getattr(function, "__name__", type(function).__name__))
+        self.name = valid_name(
+            "task", name if name is not None else getattr(function, "__name__", type(function).__name__)
+        )
         if retry is not None:
             self.retry = retry
         self.timeout_seconds = timeout_seconds
@@ -248,8 +251,8 @@ def task(
 
     Args:
         name: the task's name; default the function's.
-        outputs: the name of the entry its result becomes, or a tuple of names for a tuple of results. Without outputs it
-            returns None, or the next `ExecutionContext`.
+        outputs: the name of the entry its result becomes, or a tuple of names for a tuple of results. Without outputs
+            it returns None, or the next `ExecutionContext`.
         retry: when a failed attempt is tried again; default never.
         timeout_seconds: how long one attempt may take; default without limit.
 
@@ -288,8 +291,8 @@ def _read_signature(function: Callable[..., Any], name: str, namespace: Mapping[
         annotation = hints.get(parameter.name, Any)
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise TemplateError(
-                f"task {name!r} has the parameter {parameter}: parameters are filled from the context by name, so it can "
-                "have neither *args, **kwargs nor positional-only ones; annotate one ExecutionContext to receive all"
+                f"task {name!r} has the parameter {parameter}: parameters are filled from the context by name, so it "
+                "can have neither *args, **kwargs nor positional-only ones; annotate one ExecutionContext for all"
             )
         kind = _special_kind(annotation, name)
         if kind is None:
@@ -318,7 +321,9 @@ def _special_kind(annotation: Any, name: str) -> str | None:
     if issubclass(annotation, Session):
         return "Session"
     if any(base.__name__ == "AsyncSession" for base in annotation.__mro__):
-        raise TemplateError(f"task {name!r} asks for an AsyncSession: annotate it Session, which async tasks get as well")
+        raise TemplateError(
+            f"task {name!r} asks for an AsyncSession: annotate it Session, which async tasks get as well"
+        )
     return None
 
 

@@ -29,9 +29,7 @@ class FlowTemplate:
         TemplateError: as for `add_task`.
     """
 
-    def __init__(
-        self, name: str, tasks: Iterable[Task] = (), *, inputs: Sequence[TaskDataItem] | None = None
-    ) -> None:
+    def __init__(self, name: str, tasks: Iterable[Task] = (), *, inputs: Sequence[TaskDataItem] | None = None) -> None:
         self.name = valid_name("template", name)
         self._tasks: list[Task] = []
         self._task_names: list[str] = []
@@ -119,7 +117,9 @@ class FlowTemplate:
             raise MissingInputError(self.name, missing, sorted(names))
 
     def check_completed(self, completed: Sequence[str]) -> None:
-        """Raise `TemplateMismatchError` unless the template begins with the tasks named in `completed`, in that order."""
+        """Raise `TemplateMismatchError` unless the template begins with the tasks named in `completed`, in that
+        order.
+        """
         if self._task_names[: len(completed)] != list(completed):
             raise TemplateMismatchError(self.name, completed, self._task_names)
 
@@ -208,12 +208,11 @@ def _check_is_task(task: object) -> None:
         raise TemplateError(f"task {task.name!r} has retry={task.retry!r}, which is not a RetryPolicy")
     seconds = task.timeout_seconds
     if seconds is not None and (
-        isinstance(seconds, bool)
-        or not isinstance(seconds, (int, float))
-        or not math.isfinite(seconds)
-        or seconds <= 0
+        isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds <= 0
     ):
-        raise TemplateError(f"task {task.name!r} has timeout_seconds={seconds!r}: a positive number of seconds, or None")
+        raise TemplateError(
+            f"task {task.name!r} has timeout_seconds={seconds!r}: a positive number of seconds, or None"
+        )
 
 
 def _items(owner: str, what: str, items: object) -> tuple[TaskDataItem, ...]:
@@ -234,5 +233,3 @@ def _declare_types(task: Task) -> None:
 
 def _show(annotation: Any) -> str:
     return annotation.__qualname__ if inspect.isclass(annotation) else str(annotation)
-
-

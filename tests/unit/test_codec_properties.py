@@ -229,7 +229,10 @@ def strings_of(node: object) -> Any:
 @example(
     value=[ZoneInfo("UTC").key, datetime(2024, 1, 1, tzinfo=ZoneInfo("UTC")), datetime(2024, 1, 1, tzinfo=timezone.utc)]
 )
-@example(value=[timezone(timedelta(0), "UTC")] and time(1, tzinfo=timezone(timedelta(0), "UTC")))
+@example(value=time(1, tzinfo=timezone(timedelta(0), "UTC")))
+@example(value=[time(0, tzinfo=timezone(timedelta(microseconds=n))) for n in (1, -1, 999999, -999999)])
+@example(value=[datetime(2024, 1, 1, tzinfo=timezone(timedelta(hours=-2, microseconds=n))) for n in (1, -1)])
+@example(value=time(0, tzinfo=timezone(timedelta(microseconds=-1), "fine")))
 @example(value=[timedelta.min, timedelta.max, timedelta(microseconds=-1)])
 @example(value=UUID(int=0))
 def test_every_value_comes_back_as_it_was(value: Any, sqlite: sqlite3.Connection) -> None:

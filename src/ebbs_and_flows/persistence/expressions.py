@@ -21,7 +21,9 @@ class database_now(FunctionElement[datetime]):  # noqa: N801  # reads as the SQL
 
 
 class statement_now(FunctionElement[datetime]):  # noqa: N801  # reads as the SQL function it is
-    """The database's clock at the start of the statement: one value for all rows, so that an index can be searched by it."""
+    """The database's clock at the start of the statement: one value for all rows, so that an index can be searched by
+    it.
+    """
 
     name = "statement_now"
     type = UtcDateTime()

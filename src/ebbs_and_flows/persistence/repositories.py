@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, select
+from sqlalchemy import Connection, Row, select
 
 from ebbs_and_flows.checkpoints import AttemptCounts, AttemptEnd, Checkpoint, NextAttempt, Rest
 from ebbs_and_flows.codec import dumps_entries, loads_entries
@@ -118,7 +118,9 @@ class Executions:
         return None if row is None else _to_execution(row)
 
     def seconds_until_due(self, status: FlowStatus, templates: Collection[str]) -> float | None:
-        """How long, by the database's clock, until the next execution in `status` is due; `None` where there is none."""
+        """How long, by the database's clock, until the next execution in `status` is due; `None` where there is
+        none.
+        """
         columns = self._table.c
         soonest = (
             select(columns.run_at, statement_now().label("now"))
@@ -130,7 +132,12 @@ class Executions:
         return None if row is None else max(0.0, (row.run_at - row.now).total_seconds())
 
     def claim_due(
-        self, statuses: Collection[FlowStatus], templates: Collection[str], worker: str, lease_seconds: float, limit: int
+        self,
+        statuses: Collection[FlowStatus],
+        templates: Collection[str],
+        worker: str,
+        lease_seconds: float,
+        limit: int,
     ) -> list[FlowExecution]:
         """Take due executions for a worker, in the order in which they are to run: without their contexts.
 
@@ -150,9 +157,7 @@ class Executions:
         claimed = [_to_execution(row) for row in rows]
         return sorted(claimed, key=lambda each: (-each.priority, each.run_at, each.execution_id))
 
-    def claim_one(
-        self, execution_id: int, worker: str, lease_seconds: float, numbers: int = 2
-    ) -> FlowExecution | None:
+    def claim_one(self, execution_id: int, worker: str, lease_seconds: float, numbers: int = 2) -> FlowExecution | None:
         """Take this execution for a worker, due or not; `None` unless it is SCHEDULED or RESCHEDULED.
 
         Args:
@@ -386,12 +391,10 @@ class Contexts:
         ids = {"the_ids": [execution.execution_id for execution in executions]}
         deltas: dict[int, list[_Delta]] = defaultdict(list)
         for row in self._connection.execute(self._statements.transition_deltas, ids):
-            deltas[row.flow_execution_id].append(_Delta(row.flow_execution_step, row.task_index, None, row))
-        for row in self._connection.execute(self._statements.attempt_deltas, ids):
-            deltas[row.flow_execution_id].append(_Delta(row.flow_execution_step, row.task_index, row.name, row))
-        return {
-            execution.execution_id: _fold(execution, deltas[execution.execution_id]) for execution in executions
-        }
+            deltas[row.flow_execution_id].append(_Delta(row, row.flow_execution_step, row.task_index, None))
+        for done in self._connection.execute(self._statements.attempt_deltas, ids):
+            deltas[done.flow_execution_id].append(_Delta(done, done.flow_execution_step, done.task_index, done.name))
+        return {execution.execution_id: _fold(execution, deltas[execution.execution_id]) for execution in executions}
 
     def with_contexts(self, executions: Sequence[FlowExecution]) -> list[FlowExecution]:
         """The same executions with their contexts."""
@@ -406,10 +409,10 @@ def with_context(execution: FlowExecution, context: ExecutionContext) -> FlowExe
 
 @dataclass(frozen=True)
 class _Delta:
+    row: Any
     step: int
     task_index: int
     task_name: str | None
-    row: Row[Any]
 
     @property
     def place(self) -> int:

@@ -29,7 +29,9 @@ class SQLite:
         return engine
 
     def begin_write(self, connection: Connection) -> None:
-        """Take the write lock at once: a transaction that read first and writes later could be refused without waiting."""
+        """Take the write lock at once: a transaction that read first and writes later could be refused without
+        waiting.
+        """
         if not connection.in_transaction():
             connection.begin()
         driver = connection.connection.driver_connection
@@ -49,7 +51,9 @@ def create_sqlite_engine(url: URL) -> Engine:
     """An engine for an embedded database: WAL, synchronous=FULL, foreign keys, 30 s of patience with other writers."""
     if sqlite3.sqlite_version_info < MINIMUM_VERSION:
         found = sqlite3.sqlite_version
-        raise DatabaseUrlError(f"this Python has SQLite {found}, at least {'.'.join(map(str, MINIMUM_VERSION))} is needed")
+        raise DatabaseUrlError(
+            f"this Python has SQLite {found}, at least {'.'.join(map(str, MINIMUM_VERSION))} is needed"
+        )
     options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}, "hide_parameters": True}
     if url.database in (None, "", ":memory:"):
         # One connection is the database: it is lent to one thread at a time, and never closed.

@@ -48,7 +48,9 @@ class Statements:
                 queue=bindparam("new_queue"),
                 idempotency_key=bindparam("new_idempotency_key"),
                 run_at=func.coalesce(
-                    bindparam("new_run_at", type_=UtcDateTime()), seconds_parameter("new_delay_seconds"), type_=UtcDateTime()
+                    bindparam("new_run_at", type_=UtcDateTime()),
+                    seconds_parameter("new_delay_seconds"),
+                    type_=UtcDateTime(),
                 ),
                 created_at=database_now(),
                 updated_at=database_now(),
@@ -156,9 +158,7 @@ class Statements:
         )
         self.end_open_attempts = (
             update(attempts)
-            .where(
-                attempts.c.flow_execution_id == bindparam("the_id"), attempts.c.status == TaskStatus.RUNNING.value
-            )
+            .where(attempts.c.flow_execution_id == bindparam("the_id"), attempts.c.status == TaskStatus.RUNNING.value)
             .values(
                 status=TaskStatus.FAILED.value,
                 failure=bindparam("new_failure"),

@@ -135,9 +135,7 @@ def build_tables(schema: str | None = None) -> Tables:
         executions.c.execution_id,
         where=waiting,
     )
-    _partial_index(
-        "ix_ebbs_flow_executions_lease", executions.c.lease_expires_at, where=text("status = 'RUNNING'")
-    )
+    _partial_index("ix_ebbs_flow_executions_lease", executions.c.lease_expires_at, where=text("status = 'RUNNING'"))
     _partial_index("ix_ebbs_flow_executions_failed", executions.c.execution_id, where=text("status = 'FAILED'"))
     _partial_index(
         "uq_ebbs_flow_executions_idempotency_key",

@@ -73,6 +73,7 @@ class UnitOfWork:
     def session(self) -> Session:
         """A Session within this transaction, for a transactional task.
 
-        Its own `commit` and `rollback` act on a savepoint, so neither can end the transaction that the checkpoint needs.
+        Its own `commit` and `rollback` act on a savepoint, so neither can end the transaction that the checkpoint
+        needs.
         """
         return Session(bind=self.connection, join_transaction_mode="create_savepoint")

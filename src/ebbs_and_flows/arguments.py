@@ -1,0 +1,121 @@
+"""What callers may pass: each argument is checked here, before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.orm import Session
+
+from ebbs_and_flows.context import ExecutionContext
+from ebbs_and_flows.errors import InvalidArgumentError, UnknownExecutionError
+from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowFilter, FlowStatus
+from ebbs_and_flows.retries import MAX_WAIT_SECONDS
+
+MAX_ID = 2**63 - 1
+MAX_PRIORITY = 2**31 - 1
+
+
+def runnable_status(status: FlowStatus) -> FlowStatus:
+    """The status, if an execution can be claimed from it; `InvalidArgumentError` otherwise."""
+    valid = valid_status(status)
+    if valid not in RUNNABLE_STATUSES:
+        raise InvalidArgumentError("status", status, "FlowStatus.SCHEDULED or FlowStatus.RESCHEDULED")
+    return valid
+
+
+def as_context(context: ExecutionContext | Mapping[str, Any]) -> ExecutionContext:
+    """A context as it is, or made of a mapping."""
+    if isinstance(context, ExecutionContext):
+        return context
+    if isinstance(context, Mapping):
+        return ExecutionContext(context)
+    raise InvalidArgumentError("context", context, "an ExecutionContext")
+
+
+def valid_status(status: FlowStatus) -> FlowStatus:
+    """A status, or the name of one."""
+    try:
+        return FlowStatus(status)
+    except ValueError:
+        raise InvalidArgumentError("status", status, f"one of {[str(each) for each in FlowStatus]}") from None
+
+
+def valid_id(execution_id: int) -> int:
+    """A number that can be the id of an execution; `UnknownExecutionError` otherwise."""
+    if isinstance(execution_id, bool) or not isinstance(execution_id, int) or not 0 < execution_id <= MAX_ID:
+        raise UnknownExecutionError(execution_id)
+    return execution_id
+
+
+def valid_priority(priority: int) -> int:
+    """A 32-bit int."""
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+        raise InvalidArgumentError("priority", priority, f"an int from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+    return priority
+
+
+def valid_run_at(run_at: datetime | None, delay: timedelta | float | None) -> datetime | None:
+    """An aware datetime, in UTC; not together with a delay."""
+    if run_at is None:
+        return None
+    if delay is not None:
+        raise InvalidArgumentError("delay", delay, "either run_at or delay, not both")
+    if not isinstance(run_at, datetime) or run_at.utcoffset() is None:
+        raise InvalidArgumentError("run_at", run_at, "an aware datetime, for example datetime.now(timezone.utc)")
+    if not 1970 <= run_at.year <= 9000:
+        raise InvalidArgumentError("run_at", run_at, "a year from 1970 to 9000")
+    return run_at.astimezone(timezone.utc)
+
+
+def valid_delay(delay: timedelta | float | None) -> float:
+    """A delay in seconds, from none to ten years."""
+    if delay is None:
+        return 0.0
+    seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+        raise InvalidArgumentError("delay", delay, "a timedelta or a number of seconds")
+    if not 0 <= seconds <= MAX_WAIT_SECONDS:
+        raise InvalidArgumentError("delay", delay, "a delay from none to ten years")
+    return float(seconds)
+
+
+def valid_filter(criteria: FlowFilter) -> FlowFilter:
+    """A filter with a limit from 1 to 10,000 and aware times."""
+    if not isinstance(criteria, FlowFilter):
+        raise InvalidArgumentError("criteria", criteria, "a FlowFilter")
+    if criteria.limit < 1 or criteria.limit > 10_000:
+        raise InvalidArgumentError("limit", criteria.limit, "a limit from 1 to 10,000")
+    for name in ("created_after", "created_before"):
+        moment = getattr(criteria, name)
+        if moment is not None and moment.utcoffset() is None:
+            raise InvalidArgumentError(name, moment, "an aware datetime")
+    return criteria
+
+
+def connection_of(session: Session | Connection | None) -> Connection | None:
+    """The connection whose transaction the caller wants to share."""
+    if session is None:
+        return None
+    if isinstance(session, Session):
+        connection = session.connection()
+    elif isinstance(session, Connection):
+        connection = session
+    else:
+        hint = ""
+        if hasattr(session, "run_sync"):
+            hint = "; from asyncio: await session.run_sync(lambda sync: runner.schedule_flow(..., session=sync))"
+        raise InvalidArgumentError("session", session, f"a sqlalchemy.orm.Session or sqlalchemy.Connection{hint}")
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        raise InvalidArgumentError("session", session, "a transaction; at AUTOCOMMIT there is none to join")
+    return connection
+
+
+def way_out(status: FlowStatus) -> str:
+    """What can be done with an execution in this status, for messages."""
+    if status.is_final:
+        return f"{status} is final; schedule a new execution"
+    return f"from {status} it can become {', '.join(sorted(each for each in FlowStatus if status.allows(each)))}"

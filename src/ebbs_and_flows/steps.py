@@ -1,0 +1,264 @@
+"""The steps of an execution's life as they are written: created, claimed, moved on, left. Each is a part of its
+caller's unit of work, takes the next step numbers, and leaves committing to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from ebbs_and_flows.arguments import valid_id
+from ebbs_and_flows.checkpoints import Checkpoint, Claim, NextAttempt
+from ebbs_and_flows.context import ContextDelta
+from ebbs_and_flows.errors import TemplateError, TemplateMismatchError, UnknownExecutionError
+from ebbs_and_flows.executions import (
+    Failure,
+    FlowExecution,
+    FlowStatus,
+    FlowTransition,
+    TaskExecution,
+    TaskStatus,
+)
+from ebbs_and_flows.persistence.repositories import NewExecution, Progress, with_context
+from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
+from ebbs_and_flows.templates import FlowTemplate
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What came of a checkpoint: the next attempt, if one was started, and the new state of the execution's row."""
+
+    at: datetime
+    attempt: TaskExecution | None
+    lease_expires_at: datetime | None
+
+
+def existing(work: UnitOfWork, execution_id: int, *, lock: bool = False) -> FlowExecution:
+    """The execution, locked against other writers if asked; `UnknownExecutionError` where there is none."""
+    execution = work.executions.get(valid_id(execution_id), lock=lock)
+    if execution is None:
+        raise UnknownExecutionError(execution_id)
+    return execution
+
+
+def add(work: UnitOfWork, new: NewExecution, delta: ContextDelta) -> int:
+    """Write a new execution with its first transitions; its id, or that of the one that has its idempotency key."""
+    while True:
+        added = work.executions.add(new)
+        if added is not None:
+            break
+        assert new.idempotency_key is not None, "nothing else can conflict"
+        holder = work.executions.id_of_key(new.idempotency_key)
+        if holder is not None:
+            return holder
+    execution_id, at = added
+    created = FlowTransition(
+        flow_execution_id=execution_id,
+        flow_execution_step=1,
+        from_status=None,
+        to_status=FlowStatus.CREATED,
+        at=at,
+    )
+    work.transitions.add(created, 0, delta)
+    if new.status is FlowStatus.SCHEDULED:
+        work.transitions.add(
+            created.model_copy(
+                update={
+                    "flow_execution_step": 2,
+                    "from_status": FlowStatus.CREATED,
+                    "to_status": FlowStatus.SCHEDULED,
+                }
+            ),
+            0,
+        )
+    return execution_id
+
+
+def add_transition(
+    work: UnitOfWork,
+    execution: FlowExecution,
+    status: FlowStatus,
+    at: datetime,
+    *,
+    step: int | None = None,
+    from_status: FlowStatus | None = None,
+    worker: str | None = None,
+    reason: str | None = None,
+    delta: ContextDelta | None = None,
+) -> None:
+    """Append a transition; by default from the execution's status, under the step number after its last."""
+    work.transitions.add(
+        FlowTransition(
+            flow_execution_id=execution.execution_id,
+            flow_execution_step=step if step is not None else execution.execution_step + 1,
+            from_status=from_status or execution.status,
+            to_status=status,
+            at=at,
+            worker=worker,
+            reason=reason,
+        ),
+        execution.current_task_index,
+        delta,
+    )
+
+
+def leave(
+    work: UnitOfWork,
+    execution: FlowExecution,
+    status: FlowStatus,
+    *,
+    reason: str | None = None,
+    task_index: int | None = None,
+    delta: ContextDelta | None = None,
+) -> None:
+    """Move an execution that is locked to a status other than RUNNING, ending the attempt it may have open."""
+    at = work.executions.move(
+        execution,
+        status,
+        step=execution.execution_step + 1,
+        task_index=execution.current_task_index if task_index is None else task_index,
+        wait_seconds=0.0 if status is FlowStatus.RESCHEDULED else None,
+    )
+    if execution.status is FlowStatus.RUNNING:
+        error_type = "FlowCancelled" if status is FlowStatus.CANCELLED else "StatusChanged"
+        ended = f"The execution became {status} while this attempt was running."
+        work.attempts.end_open(execution.execution_id, Failure.CANCELLED, error_type, ended, at)
+    add_transition(work, execution, status, at, reason=reason, delta=delta)
+
+
+def lose_worker(work: UnitOfWork, execution: FlowExecution, template: FlowTemplate) -> FlowStatus:
+    """End what a dead worker left open, and reschedule the execution, or park it if that has happened too often."""
+    attempts = work.attempts.of(execution.execution_id)
+    open_names = [attempt.name for attempt in attempts if attempt.status is TaskStatus.RUNNING]
+    lost_by = f"Worker {execution.lease_owner} was lost while this attempt was running."
+    status, reason = FlowStatus.RESCHEDULED, f"worker {execution.lease_owner} was lost"
+    for name in open_names:
+        lost = 1 + sum(1 for each in attempts if each.name == name and each.failure is Failure.LOST)
+        task = template.get_task(template.task_names.index(name)) if name in template.task_names else None
+        if task is not None and lost >= task.retry.max_crashes:
+            status = FlowStatus.FAILED
+            reason = f"task {name!r} lost its worker {lost} times, max_crashes is {task.retry.max_crashes}"
+    at = work.executions.move(
+        execution,
+        status,
+        step=execution.execution_step + 1,
+        task_index=execution.current_task_index,
+        wait_seconds=0.0 if status is FlowStatus.RESCHEDULED else None,
+    )
+    work.attempts.end_open(execution.execution_id, Failure.LOST, "WorkerLost", lost_by, at)
+    add_transition(work, execution, status, at, reason=reason)
+    return status
+
+
+def begin(work: UnitOfWork, claimed: Sequence[FlowExecution], templates: Mapping[str, FlowTemplate]) -> list[Claim]:
+    """Write the transition of each execution just claimed, and the first attempt that follows from it."""
+    progress = work.contexts.progress(claimed)
+    counts = work.attempts.counts([each.execution_id for each in claimed if each.epoch > 1])
+    claims = []
+    for execution in claimed:
+        # The first claim is from SCHEDULED, every later one from RESCHEDULED: there is no other way to RUNNING.
+        before = FlowStatus.SCHEDULED if execution.epoch == 1 else FlowStatus.RESCHEDULED
+        add_transition(
+            work,
+            execution,
+            FlowStatus.RUNNING,
+            execution.updated_at,
+            step=execution.execution_step - 1,
+            from_status=before,
+            worker=execution.lease_owner,
+        )
+        standing = progress[execution.execution_id]
+        claim = Claim(with_context(execution, standing.context), None, counts.get(execution.execution_id, {}))
+        claims.append(_start(work, claim, standing, templates[execution.template_name]))
+    return claims
+
+
+def _start(work: UnitOfWork, claim: Claim, standing: Progress, template: FlowTemplate) -> Claim:
+    """Start the attempt at the current task; or come to rest where the template has changed, or has no task left."""
+    execution, index = claim.execution, claim.execution.current_task_index
+    try:
+        template.check_completed(standing.completed)
+    except TemplateMismatchError as error:
+        return _rest_at_once(work, claim, FlowStatus.FAILED, f"TemplateMismatchError: {error}")
+    if template.get_task(index) is None:
+        return _rest_at_once(work, claim, FlowStatus.SUCCEEDED, "the template has no task left to run")
+    name = template.task_names[index]
+    attempt = work.attempts.start(
+        execution,
+        execution.execution_step,
+        index,
+        name,
+        claim.counts_of(name).started + 1,
+        execution.updated_at,
+    )
+    return Claim(execution, attempt, claim.counts)
+
+
+def _rest_at_once(work: UnitOfWork, claim: Claim, status: FlowStatus, reason: str) -> Claim:
+    """Leave RUNNING without an attempt: the second number that the claim took is this transition's."""
+    execution = claim.execution
+    at = work.executions.move(execution, status, step=execution.execution_step, task_index=execution.current_task_index)
+    add_transition(
+        work, execution, status, at, step=execution.execution_step, worker=execution.lease_owner, reason=reason
+    )
+    after = existing(work, execution.execution_id)
+    return claim.at_rest(with_context(after, execution.execution_context))
+
+
+def record(work: UnitOfWork, checkpoint: Checkpoint) -> Recorded | None:
+    """Write one checkpoint; the fence comes first, so that a refused one writes nothing."""
+    then = checkpoint.then
+    if isinstance(then, NextAttempt):
+        advanced = work.executions.advance(checkpoint, then)
+        if advanced is None:
+            return None
+        at, lease_expires_at = advanced
+        work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, at)
+        attempt = TaskExecution(
+            flow_execution_id=checkpoint.execution_id,
+            flow_execution_step=checkpoint.step + 1,
+            task_index=then.task_index,
+            name=then.task_name,
+            attempt=then.attempt,
+            status=TaskStatus.RUNNING,
+            started_at=at,
+            worker=checkpoint.worker,
+        )
+        work.attempts.add(attempt, checkpoint.epoch)
+        return Recorded(at, attempt, lease_expires_at)
+    rested_at = work.executions.rest(checkpoint, then)
+    if rested_at is None:
+        return None
+    work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, rested_at)
+    work.transitions.add(
+        FlowTransition(
+            flow_execution_id=checkpoint.execution_id,
+            flow_execution_step=checkpoint.step + 1,
+            from_status=FlowStatus.RUNNING,
+            to_status=then.status,
+            at=rested_at,
+            worker=checkpoint.worker,
+            reason=then.reason,
+        ),
+        then.task_index,
+    )
+    return Recorded(rested_at, None, None)
+
+
+def index_reached(work: UnitOfWork, execution: FlowExecution, task_name: str) -> int:
+    """The index of a task that the execution has completed, or failed at; `TemplateError` for any other."""
+    completed = work.contexts.progress([execution])[execution.execution_id].completed
+    if task_name in completed:
+        return completed.index(task_name)
+    current = [
+        attempt.name
+        for attempt in work.attempts.of(execution.execution_id)
+        if attempt.task_index == execution.current_task_index
+    ]
+    if current and task_name == current[-1]:
+        return execution.current_task_index
+    reached = [*completed, *current[-1:]]
+    raise TemplateError(
+        f"execution {execution.execution_id} has not reached a task {task_name!r}; it can be re-run from: {reached}"
+    )
