@@ -32,7 +32,7 @@ class PickleCodec:
     __slots__ = ("_key",)
 
     def __init__(self, key: bytes) -> None:
-        if not isinstance(key, bytes) or len(key) < MIN_KEY_BYTES:  # type: ignore[redundant-expr]  # callers are untyped, too
+        if not isinstance(key, bytes) or len(key) < MIN_KEY_BYTES:
             raise ValueError(
                 f"PickleCodec needs a key of at least {MIN_KEY_BYTES} bytes: secrets.token_bytes(32) makes one"
             )

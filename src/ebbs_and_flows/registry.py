@@ -227,7 +227,7 @@ def default_name(cls: type) -> str:
 
 
 def _check_name(name: str) -> None:
-    if not isinstance(name, str) or not name.strip():  # type: ignore[redundant-expr]  # callers are untyped, too
+    if not isinstance(name, str) or not name.strip():
         raise TypeRegistrationError(f"a type name is a non-blank str, not {name!r}")
     if len(name) > MAX_TYPE_NAME:
         raise TypeRegistrationError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from sqlalchemy import URL, Connection, Engine, Select, Table, Update, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.postgresql import PostgreSQL, create_postgresql_engine
@@ -61,17 +61,16 @@ def create_engine_for(url: str | URL) -> Engine:
         raise DatabaseUrlError(
             "this is not a database URL: expected sqlite:///flows.db or postgresql://user@host/database"
         ) from error
-    backend = parsed.drivername.split("+")[0]
     if parsed.drivername in ("postgresql", "postgres"):
-        return create_postgresql_engine(parsed.set(drivername="postgresql+psycopg"))
-    if backend == "postgresql":
-        engine = create_postgresql_engine(parsed)
-    elif backend == "sqlite":
-        engine = create_sqlite_engine(parsed)
-    else:
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    backend = parsed.drivername.split("+")[0]
+    if backend not in ("postgresql", "sqlite"):
         raise DatabaseUrlError(f"flows are kept in PostgreSQL or SQLite, not in {backend}")
-    _check_is_sync(engine.dialect)
-    return engine
+    try:
+        _check_is_sync(parsed.get_dialect())
+    except NoSuchModuleError as error:
+        raise DatabaseUrlError(f"SQLAlchemy knows no driver {parsed.drivername!r}") from error
+    return create_postgresql_engine(parsed) if backend == "postgresql" else create_sqlite_engine(parsed)
 
 
 def _check_is_sync(dialect: Any) -> None:
