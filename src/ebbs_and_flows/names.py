@@ -24,8 +24,8 @@ def valid_name(kind: str, name: object) -> str:
     if not isinstance(name, str):
         raise InvalidNameError(kind, name, f"must be a str, not {type(name).__name__}")
     if name.isascii() and name.isprintable() and 0 < len(name) <= MAX_NAME_LENGTH and not name.isspace():
-        return str(name)
-    normal = unicodedata.normalize("NFC", name)
+        return str.__str__(name)  # of a subclass, such as an enum's member, the plain text
+    normal = unicodedata.normalize("NFC", str.__str__(name))
     if not normal.strip():
         raise InvalidNameError(kind, name, "must not be blank")
     if len(normal) > MAX_NAME_LENGTH:
