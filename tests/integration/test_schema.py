@@ -40,11 +40,7 @@ def definitions(engine: Engine) -> list[str]:
     """What the database itself says its tables, constraints and indexes are."""
     with engine.connect() as connection:
         if engine.dialect.name == "sqlite":
-            rows = connection.execute(
-                text(
-                    "SELECT concat FROM (SELECT type || name || sql AS concat FROM sqlite_master WHERE sql LIKE '%ebbs_%')"
-                )
-            )
+            rows = connection.execute(text("SELECT type || ' ' || sql FROM sqlite_master WHERE sql LIKE '%ebbs_%'"))
         else:
             rows = connection.execute(
                 text(
