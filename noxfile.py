@@ -50,7 +50,7 @@ def demo(session: nox.Session) -> None:
 @nox.parametrize("python,sqlalchemy", COMBINATIONS)
 def tests(session: nox.Session, sqlalchemy: str) -> None:
     """Run all tests, on SQLite and PostgreSQL, with each installed Python and each line of SQLAlchemy."""
-    session.install(".[postgres,cli]", SQLALCHEMY[sqlalchemy], *group("test"))
+    session.install(".[postgres,cli]", SQLALCHEMY[sqlalchemy], *group("test"), *group("demo"))
     session.run("pytest", "-n", "2", *session.posargs)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.dates import DateFormatter, MonthLocator, YearLocator, date2num
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from examples.weather.readings import Month
 
@@ -16,7 +17,8 @@ WARM, WET, INK, FADED, FAINT = "#d1603d", "#2f6f9f", "#333333", "#777777", "#ddd
 def draw(months: Sequence[Month], file: Path) -> None:
     """Draw temperatures above precipitation and save them as a PNG; a file that is there already is replaced."""
     # A Figure of its own, instead of pyplot, has no state in common with other threads, and needs no display.
-    figure = Figure(figsize=(11, 6.5), dpi=150, layout="constrained", facecolor="white")
+    margins = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)
+    figure = Figure(figsize=(11, 6.5), dpi=150, layout=margins, facecolor="white")
     warmth, rain = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     middles = [float(date2num(each.month)) + each.days / 2 for each in months]
 
@@ -64,6 +66,6 @@ def draw(months: Sequence[Month], file: Path) -> None:
         axes.tick_params(colors=INK)
     figure.align_ylabels()
     first, last = months[0].month.year, months[-1].month.year
-    warmth.set_title(f"The weather in Seattle by month, {first}\N{EN DASH}{last}", loc="left", fontsize=15, color=INK)
+    warmth.set_title(f"The weather in Seattle by month, {first}\N{EN DASH}{last}", loc="left", fontsize=14, color=INK)
     figure.supxlabel("Daily readings: NOAA, as carried by vega_datasets", x=0.99, ha="right", fontsize=8, color=FADED)
     figure.savefig(file)

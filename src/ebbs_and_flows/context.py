@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Final, TypeVar, overload
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -87,16 +88,24 @@ class ExecutionContext(Mapping[str, Any]):
         InvalidContextError: `mapping` is no mapping.
     """
 
-    __slots__ = ("_entries", "_frozen")
+    __slots__ = ("_base", "_dropped", "_entries", "_frozen", "_touched")
 
     _entries: dict[str, EncodedValue | _Live]
     _frozen: bool
+    # What a copy of a read-only context remembers, so that what a task changed is found without looking at all else: the
+    # entries that it is a copy of, the names that were added or read as values that can be mutated, and those left out.
+    _base: dict[str, EncodedValue | _Live] | None
+    _touched: dict[str, None]
+    _dropped: dict[str, None]
 
     def __init__(self, mapping: Mapping[str, Any] | None = None, /, **entries: Any) -> None:
         self._entries = {}
         self._frozen = False
+        self._base = None
+        self._touched = {}
+        self._dropped = {}
         if isinstance(mapping, ExecutionContext):
-            self._entries = mapping._copied_entries()
+            self._copy_from(mapping)
         elif mapping is not None:
             self._add(mapping)
         self._add(entries)
@@ -108,10 +117,15 @@ class ExecutionContext(Mapping[str, Any]):
         Args:
             entries: stored entries by name; the names are taken as they are.
         """
-        context = ExecutionContext()
-        context._entries = dict(entries)
-        context._frozen = True
-        return context
+        return cls._frozen_of(dict(entries))
+
+    @classmethod
+    def folded(cls, deltas: Iterable[ContextDelta]) -> ExecutionContext:
+        """Make the read-only context that follows from these deltas, one after the other, from an empty one."""
+        entries: dict[str, EncodedValue] = {}
+        for delta in deltas:
+            _apply(delta, entries)
+        return cls._frozen_of(entries)
 
     @property
     def frozen(self) -> bool:
@@ -175,6 +189,7 @@ class ExecutionContext(Mapping[str, Any]):
         value = decode_value(entry, key)
         if not self._frozen and entry.type_name not in _IMMUTABLE_TYPES and not entry.type_name.startswith(_ZONED):
             self._entries[key] = _Live(value, entry)
+            self._touched[key] = None
         return value
 
     def __contains__(self, name: object) -> bool:
@@ -210,8 +225,7 @@ class ExecutionContext(Mapping[str, Any]):
             DuplicateEntryError: a new name is already there.
             InvalidContextError: `mapping` is no mapping.
         """
-        copied = ExecutionContext()
-        copied._entries = self._copied_entries()
+        copied = ExecutionContext(self)
         if mapping is not None:
             copied._add(mapping)
         copied._add(new)
@@ -223,14 +237,14 @@ class ExecutionContext(Mapping[str, Any]):
         Raises:
             MissingEntryError: one of them is not there.
         """
-        left_out = set()
+        left_out: dict[str, None] = {}
         for name in names:
             key = self._key(name)
             if key is None:
                 raise MissingEntryError(name, self._entries)
-            left_out.add(key)
+            left_out[key] = None
         smaller = ExecutionContext()
-        smaller._entries = self._copied_entries(left_out)
+        smaller._copy_from(self, left_out)
         return smaller
 
     # --- storing ---
@@ -251,7 +265,11 @@ class ExecutionContext(Mapping[str, Any]):
         Raises:
             UnserializableValueError: a value that cannot be stored; the error has the path to it.
         """
+        if self._base is not None and self._base is base._entries:
+            return self._delta_from_own_base(self._base)
         before, after = base._stored(), self._stored()
+        if before is after:
+            return ContextDelta({})
         entries = {}
         for name, encoded in after.items():
             earlier = before.get(name)
@@ -261,10 +279,9 @@ class ExecutionContext(Mapping[str, Any]):
 
     def fold(self, delta: ContextDelta) -> ExecutionContext:
         """Give the read-only context that follows: less what was dropped, what was added or changed at the end."""
-        gone = delta.entries.keys() | delta.dropped
-        entries = {name: encoded for name, encoded in self._stored().items() if name not in gone}
-        entries.update(delta.entries)
-        return ExecutionContext.from_encoded(entries)
+        entries = self._stored().copy()
+        _apply(delta, entries)
+        return ExecutionContext._frozen_of(entries)
 
     # --- as an object ---
 
@@ -303,6 +320,7 @@ class ExecutionContext(Mapping[str, Any]):
             if name in self._entries:
                 raise DuplicateEntryError(name)
             self._entries[name] = _Live(value)
+            self._touched[name] = None
 
     def _key(self, name: object) -> str | None:
         """Give the name under which the entry is there, `None` where it is not."""
@@ -315,14 +333,41 @@ class ExecutionContext(Mapping[str, Any]):
         normal = unicodedata.normalize("NFC", name)
         return normal if normal in self._entries else None
 
-    def _copied_entries(self, left_out: Collection[str] = ()) -> dict[str, EncodedValue | _Live]:
-        if self._frozen and not left_out:
-            return self._entries.copy()
-        return {
-            name: entry.copy() if isinstance(entry, _Live) else entry
-            for name, entry in self._entries.items()
-            if name not in left_out
-        }
+    @classmethod
+    def _frozen_of(cls, entries: dict[str, EncodedValue]) -> ExecutionContext:
+        """Make a read-only context that keeps this very dict, which nobody may change from now on."""
+        context = ExecutionContext()
+        context._entries = entries  # type: ignore[assignment]  # frozen: all are encoded
+        context._frozen = True
+        return context
+
+    def _copy_from(self, other: ExecutionContext, left_out: Mapping[str, None] = MappingProxyType({})) -> None:
+        """Take over another context's entries, less some, and what it remembers of where they come from."""
+        self._entries = other._entries.copy()
+        self._base = other._entries if other._frozen else other._base
+        self._touched = other._touched.copy()
+        self._dropped = {**other._dropped, **left_out}
+        for name in left_out:
+            del self._entries[name]
+        for name in self._touched:
+            entry = self._entries.get(name)
+            if isinstance(entry, _Live):
+                self._entries[name] = entry.copy()
+
+    def _delta_from_own_base(self, base: dict[str, EncodedValue | _Live]) -> ContextDelta:
+        entries = {}
+        # As a comparison of all entries would find them: those changed in their places, then those added at the end.
+        changed = [name for name in self._touched if name in base and name not in self._dropped]
+        for name in dict.fromkeys((*changed, *self._touched)):
+            entry = self._entries.get(name)
+            if entry is not None:
+                encoded = entry.encode(name) if isinstance(entry, _Live) else entry
+                earlier = base.get(name)
+                if earlier is not encoded and earlier != encoded:
+                    entries[name] = encoded
+        return ContextDelta(
+            entries, tuple([each for each in self._dropped if each in base and each not in self._entries])
+        )
 
     def _stored(self) -> dict[str, EncodedValue]:
         return self._entries if self._frozen else self.encode()  # type: ignore[return-value]  # frozen: all are encoded
@@ -339,6 +384,12 @@ class ExecutionContext(Mapping[str, Any]):
         return left is right or bool(left == right)
 
 
+def _apply(delta: ContextDelta, entries: dict[str, EncodedValue]) -> None:
+    for name in (*delta.entries, *delta.dropped):
+        entries.pop(name, None)
+    entries.update(delta.entries)
+
+
 def _entry_name(name: object) -> str:
     # Of a subclass of str (an Enum, say), its text: what a lookup by it finds.
     return valid_name("context entry", str.__str__(name) if isinstance(name, str) else name)
@@ -352,6 +403,7 @@ def _restored(entries: dict[str, Any], frozen: bool) -> ExecutionContext:
     context._entries = {
         name: entry if isinstance(entry, EncodedValue) else _Live(entry) for name, entry in entries.items()
     }
+    context._touched = dict.fromkeys(name for name, entry in context._entries.items() if isinstance(entry, _Live))
     context._frozen = frozen
     return context
 

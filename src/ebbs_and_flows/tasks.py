@@ -74,11 +74,15 @@ class Task(ABC):
         return ()
 
     @abstractmethod
-    def run(self, context: ExecutionContext) -> ExecutionContext | Awaitable[ExecutionContext]:
-        """Do the work. May be `async def`.
+    def run(
+        self, context: ExecutionContext, *args: Any, **kwargs: Any
+    ) -> ExecutionContext | Awaitable[ExecutionContext]:
+        """Do the work. May be `async def`. Write it as `def run(self, context)`: nothing else is passed.
 
         Args:
             context: read-only; what the task before returned.
+            args, kwargs: only there so that `TransactionalTask.run` may take a session as well (mypy reads
+                `*args: Any, **kwargs: Any` as "any further parameters").
 
         Returns:
             The next task's input: `context`, or `context.copy(name=value)`. An entry it lacks is dropped from the flow.
@@ -104,9 +108,7 @@ class TransactionalTask(Task):
     """
 
     @abstractmethod
-    def run(  # type: ignore[override]  # the session is the one thing that sets this kind of task apart
-        self, context: ExecutionContext, session: Session
-    ) -> ExecutionContext | Awaitable[ExecutionContext]:
+    def run(self, context: ExecutionContext, session: Session) -> ExecutionContext | Awaitable[ExecutionContext]:
         """Do the work through `session`. Arguments and result are else those of `Task.run`."""
 
     @property

@@ -426,7 +426,7 @@ class ListRecord(list):  # type: ignore[type-arg]
         np.int64(3),
         type("S", (str,), {})("x"),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_anything_else_is_refused_with_the_path_to_it(value: Any) -> None:
     for holder, path in (
@@ -890,7 +890,7 @@ def test_a_value_of_a_codec_in_a_field_is_always_tagged() -> None:
     assert decode_value(encoded, registry=registry) == order
 
 
-@pytest.mark.parametrize("cls", [int, dict, Path.__class__(Path()) if False else type(Path()), datetime, type(None)])
+@pytest.mark.parametrize("cls", [int, dict, type(Path()), datetime, type(None)])
 def test_builtin_types_take_no_codec(cls: type) -> None:
     with pytest.raises(TypeRegistrationError):
         register_codec(cls, TagListCodec())

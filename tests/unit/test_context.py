@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 from pydantic import BaseModel, Field
 
 from ebbs_and_flows.codec import EncodedValue, dumps_entries, loads_entries, register_type
@@ -116,11 +117,11 @@ def test_a_context_is_a_mapping() -> None:
 
 
 def test_what_is_no_mapping_is_refused() -> None:
-    for given in ([("a", 1)], "a", 3, {"a"}):
+    for found in ([("a", 1)], "a", 3, {"a"}):
         with pytest.raises(InvalidContextError):
-            ExecutionContext(given)  # type: ignore[arg-type]
+            ExecutionContext(found)  # type: ignore[arg-type]
         with pytest.raises(TypeError):
-            ExecutionContext().copy(given)  # type: ignore[arg-type]
+            ExecutionContext().copy(found)  # type: ignore[arg-type]
 
 
 def test_a_missing_entry_names_itself_and_those_present() -> None:
@@ -367,3 +368,37 @@ def test_pickle_and_deepcopy_keep_what_it_is(clone: Any) -> None:
 def test_errors_are_under_one_root() -> None:
     for error in (DuplicateEntryError, FrozenContextError, InvalidContextError, InvalidNameError, MissingEntryError):
         assert issubclass(error, EbbsError)
+
+
+# --- the delta of a copy is that of its entries, however it came about ---
+
+_STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("copy"), st.sampled_from("abcxyz")),
+        st.tuples(st.just("without"), st.sampled_from("abcxyz")),
+        st.tuples(st.just("mutate"), st.sampled_from("abcxyz")),
+        st.tuples(st.just("set"), st.sampled_from("abcxyz")),
+    ),
+    max_size=8,
+)
+
+
+@given(steps=_STEPS)
+def test_what_a_copy_remembers_of_its_base_gives_the_same_delta_as_a_comparison(steps: list[tuple[str, str]]) -> None:
+    base = ExecutionContext.from_encoded(ExecutionContext({name: [name] for name in "abc"}).encode())
+    context = base
+    for number, (step, name) in enumerate(steps):
+        if step == "copy" and name not in context:
+            context = context.copy({name: [name] if number % 2 else number})
+        elif step == "without" and name in context:
+            context = context.without(name)
+        elif step == "mutate" and name in context and isinstance(context[name], list):
+            context[name].append(number)
+        elif step == "set" and name not in context and not context.frozen:
+            context.set(name, number)
+    remembered = context.delta_from(base)
+    compared = context.delta_from(ExecutionContext.from_encoded(base.encode()))
+    assert remembered.entries == compared.entries
+    assert set(remembered.dropped) == set(compared.dropped)
+    assert base.fold(remembered) == context
+    assert dict(base) == {name: [name] for name in "abc"}

@@ -434,16 +434,16 @@ def _fold(execution: FlowExecution, deltas: Iterable[_Delta]) -> Progress:
         ):
             standing.pop()
         standing.append(delta)
-    context = NO_CONTEXT
     completed: list[str] = []
+    folded: list[ContextDelta] = []
     for delta in standing:
         if delta.place > 2 * execution.current_task_index:
             break
         if delta.task_name is not None:
             completed.append(delta.task_name)
         if delta.row.entries is not None:
-            context = context.fold(_delta_of_row(delta.row))
-    return Progress(context, tuple(completed))
+            folded.append(_delta_of_row(delta.row))
+    return Progress(ExecutionContext.folded(folded), tuple(completed))
 
 
 _ATTEMPT_COLUMNS = tuple(TaskExecution.model_fields)
