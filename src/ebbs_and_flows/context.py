@@ -92,8 +92,8 @@ class ExecutionContext(Mapping[str, Any]):
 
     _entries: dict[str, EncodedValue | _Live]
     _frozen: bool
-    # What a copy of a read-only context remembers, so that what a task changed is found without looking at all else: the
-    # entries that it is a copy of, the names that were added or read as values that can be mutated, and those left out.
+    # What a copy of a read-only context remembers, so that what a task changed is found without looking at all else:
+    # the entries that it is a copy of, the names added or read as values that can be mutated, and those left out.
     _base: dict[str, EncodedValue | _Live] | None
     _touched: dict[str, None]
     _dropped: dict[str, None]

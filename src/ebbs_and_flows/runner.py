@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from ebbs_and_flows.arguments import runnable_status
+from ebbs_and_flows.arguments import as_context, runnable_status
 from ebbs_and_flows.checkpoints import AttemptEnd, Checkpoint, Claim, NextAttempt, Rest
 from ebbs_and_flows.context import ExecutionContext
 from ebbs_and_flows.errors import (
@@ -138,9 +138,8 @@ class FlowRunner:
         template = self.get_flow_template(name)
         if not template.tasks:
             raise TemplateError(f"template {name!r} has no tasks: add one before it is scheduled")
-        if context is not None and not isinstance(context, Mapping):
-            raise InvalidArgumentError("context", context, "an ExecutionContext")
-        template.check_inputs(ExecutionContext(context) if context is not None else ())
+        context = as_context({} if context is None else context)
+        template.check_inputs(context)
         return self.service.schedule(
             template.name,
             context,
