@@ -316,7 +316,7 @@ def _annotations(function: Callable[..., Any], name: str, namespace: Mapping[str
 
 
 def _special_kind(annotation: Any, name: str) -> str | None:
-    if not inspect.isclass(annotation):
+    if not inspect.isclass(annotation) or typing.get_origin(annotation) is not None:  # list[int] is a class on 3.10
         return None
     if issubclass(annotation, ExecutionContext):
         return "ExecutionContext"

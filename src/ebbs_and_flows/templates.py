@@ -232,4 +232,5 @@ def _declare_types(task: Task) -> None:
 
 
 def _show(annotation: Any) -> str:
-    return annotation.__qualname__ if inspect.isclass(annotation) else str(annotation)
+    is_plain_class = inspect.isclass(annotation) and typing.get_origin(annotation) is None
+    return annotation.__qualname__ if is_plain_class else str(annotation)

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from sqlalchemy import (
+    DDL,
     BigInteger,
     CheckConstraint,
     Column,
@@ -28,6 +29,7 @@ from sqlalchemy import (
     Table,
     Text,
     cast,
+    event,
     text,
 )
 from sqlalchemy.sql import ColumnElement
@@ -124,9 +126,10 @@ def build_tables(schema: str | None = None) -> Tables:
         Column("lease_expires_at", UtcDateTime),
         CheckConstraint(_one_of("status", FlowStatus), name="ck_ebbs_flow_executions_status"),
         sqlite_autoincrement=True,
-        # Room for the new version of a row on its own page, so that a step touches no index.
-        postgresql_with={"fillfactor": 70},
     )
+    # Room for the new version of a row on its own page, so that a step touches no index.
+    fill = DDL("ALTER TABLE %(fullname)s SET (fillfactor = 70)").execute_if(dialect="postgresql")
+    event.listen(executions, "after_create", fill)
     waiting = text("status IN ('SCHEDULED', 'RESCHEDULED')")
     _partial_index(
         "ix_ebbs_flow_executions_due",

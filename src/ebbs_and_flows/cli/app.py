@@ -1,0 +1,122 @@
+"""The command line as a whole: what stands before the subcommand, and what becomes of errors."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from typer.core import TyperGroup
+
+from ebbs_and_flows.cli import db, runs
+from ebbs_and_flows.cli.target import DATABASE_URL_VARIABLE, SCHEMA_VARIABLE, Settings, Target
+from ebbs_and_flows.cli.terminal import one_line, say
+from ebbs_and_flows.errors import (
+    DatabaseUrlError,
+    EbbsError,
+    InvalidArgumentError,
+    InvalidNameError,
+    SchemaError,
+)
+
+DONE, FAILED, USAGE, SCHEMA = 0, 1, 2, 3
+
+EPILOG = """\b
+Exit codes:
+  0  done
+  1  what was asked for failed: no such run, its status does not allow it, the database does not answer
+  2  usage: unknown option, no database given, a URL that cannot be used
+  3  the schema is missing, behind or altered: run "ebbs db upgrade"
+
+\b
+Data goes to stdout, messages to stderr. NO_COLOR=1 turns colours off."""
+
+
+class Commands(TyperGroup):
+    """The commands, with an exit code and one line on stderr for each error that can be expected."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            target = ctx.obj.target if isinstance(ctx.obj, Settings) else None
+            code, message = _verdict(error, target)
+            if code is None:
+                raise
+            say(f"error: {one_line(message)}")
+            raise typer.Exit(code) from error
+
+
+app = typer.Typer(
+    name="ebbs",
+    cls=Commands,
+    help="Flows of tasks in your SQL database: look after their runs, and bring the schema up to date.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # they show local variables, and with them the password
+)
+app.add_typer(db.app, name="db")
+app.add_typer(runs.app, name="runs")
+
+
+@app.callback()
+def before_the_subcommand(
+    ctx: typer.Context,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar=DATABASE_URL_VARIABLE,
+            metavar="URL",
+            help="The database: postgresql://user@host/database or sqlite:///flows.db. Also accepted after the subcommand.",
+            show_default=False,
+        ),
+    ] = None,
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            envvar=SCHEMA_VARIABLE,
+            metavar="NAME",
+            help="The named schema that holds the tables (PostgreSQL only). Also accepted after the subcommand.",
+            show_default=False,
+        ),
+    ] = None,
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
+) -> None:
+    """Keep what stands before the subcommand."""
+    ctx.obj = Settings(database_url or None, schema or None)
+
+
+def _show_version(given: bool) -> None:
+    if given:
+        try:
+            typer.echo(f"ebbs {version('ebbs-and-flows')}")
+        except PackageNotFoundError:
+            typer.echo("ebbs (not installed)")
+        raise typer.Exit
+
+
+def _verdict(error: Exception, target: Target | None) -> tuple[int | None, str]:
+    """The exit code and the message; no code for an error that nobody expects."""
+    if isinstance(error, SchemaError):
+        message = str(error)
+        if target is not None and target.schema is not None:
+            message = message.replace('"ebbs db upgrade"', f'"ebbs db upgrade --schema {target.schema}"')
+        return SCHEMA, message
+    if isinstance(error, (DatabaseUrlError, InvalidArgumentError, InvalidNameError)):
+        return USAGE, str(error)
+    if isinstance(error, EbbsError):
+        return FAILED, str(error)
+    if isinstance(error, SQLAlchemyError):
+        problem = str(error.orig) if isinstance(error, DBAPIError) else str(error)
+        return FAILED, f"{target.shown_url if target is not None else 'the database'}: {problem}"
+    # Alembic's, for example of a revision that is not there; only the schema module may import it.
+    if type(error).__module__.partition(".")[0] == "alembic":
+        return FAILED, f"{error} (this release knows no such revision, or no way there)"
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return FAILED, str(error)
+    return None, ""
