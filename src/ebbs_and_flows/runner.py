@@ -28,7 +28,7 @@ from ebbs_and_flows.errors import (
 )
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, Failure, FlowExecution, FlowStatus, TaskStatus
 from ebbs_and_flows.outcomes import Failed, Outcome, Success, bounded, run_body
-from ebbs_and_flows.persistence.repositories import with_context
+from ebbs_and_flows.persistence.contexts import with_context
 from ebbs_and_flows.service import CommitRefusedError, FlowService
 from ebbs_and_flows.steps import Recorded
 from ebbs_and_flows.tasks import Task

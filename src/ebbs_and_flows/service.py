@@ -44,8 +44,9 @@ from ebbs_and_flows.executions import (
     TaskStatus,
 )
 from ebbs_and_flows.names import valid_name
+from ebbs_and_flows.persistence.contexts import NO_CONTEXT
 from ebbs_and_flows.persistence.databases import create_engine_for, database_of
-from ebbs_and_flows.persistence.repositories import NO_CONTEXT, NewExecution
+from ebbs_and_flows.persistence.repositories import NewExecution
 from ebbs_and_flows.persistence.statements import Statements
 from ebbs_and_flows.persistence.tables import build_tables
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork

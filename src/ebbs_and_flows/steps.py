@@ -20,7 +20,8 @@ from ebbs_and_flows.executions import (
     TaskExecution,
     TaskStatus,
 )
-from ebbs_and_flows.persistence.repositories import NewExecution, Progress, with_context
+from ebbs_and_flows.persistence.contexts import Progress, with_context
+from ebbs_and_flows.persistence.repositories import NewExecution
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
 from ebbs_and_flows.templates import FlowTemplate
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,8 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, select
 
 from ebbs_and_flows.checkpoints import AttemptCounts, AttemptEnd, Checkpoint, NextAttempt, Rest
-from ebbs_and_flows.codec import dumps_entries, loads_entries
-from ebbs_and_flows.context import ContextDelta, ExecutionContext
+from ebbs_and_flows.context import ContextDelta
 from ebbs_and_flows.executions import (
     RUNNABLE_STATUSES,
     Failure,
@@ -24,10 +22,9 @@ from ebbs_and_flows.executions import (
     TaskExecution,
     TaskStatus,
 )
+from ebbs_and_flows.persistence.contexts import NO_CONTEXT, delta_to_row
 from ebbs_and_flows.persistence.expressions import statement_now
 from ebbs_and_flows.persistence.statements import Statements
-
-NO_CONTEXT = ExecutionContext.from_encoded({})
 
 
 @dataclass(frozen=True)
@@ -290,7 +287,7 @@ class Attempts:
                 "new_error_type": end.error_type,
                 "new_output": end.output,
                 "new_finished_at": at,
-                **{f"new_{column}": value for column, value in _delta_to_row(end.delta).items()},
+                **{f"new_{column}": value for column, value in delta_to_row(end.delta).items()},
             },
         )
         return result.rowcount == 1
@@ -349,7 +346,7 @@ class Transitions:
                 "worker": transition.worker,
                 "reason": transition.reason,
                 "task_index": task_index,
-                **_delta_to_row(delta),
+                **delta_to_row(delta),
             },
         )
 
@@ -364,88 +361,6 @@ class Transitions:
         return [FlowTransition(**row._mapping) for row in self._connection.execute(found)]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What an execution's history says of where it stands."""
-
-    context: ExecutionContext
-    """The context as the task at its current index receives it."""
-    completed: tuple[str, ...]
-    """The names of the tasks that it has completed, in order."""
-
-
-class Contexts:
-    """Contexts, folded from the deltas in the attempts and transitions."""
-
-    def __init__(self, connection: Connection, statements: Statements) -> None:
-        self._connection = connection
-        self._statements = statements
-
-    def progress(self, executions: Sequence[FlowExecution]) -> dict[int, Progress]:
-        """Fold the histories of executions that were read before, as they stood then.
-
-        Rows that came later are left out, so it needs no snapshot: their step is beyond the execution's.
-        """
-        if not executions:
-            return {}
-        ids = {"the_ids": [execution.execution_id for execution in executions]}
-        deltas: dict[int, list[_Delta]] = defaultdict(list)
-        for row in self._connection.execute(self._statements.transition_deltas, ids):
-            deltas[row.flow_execution_id].append(_Delta(row, row.flow_execution_step, row.task_index, None))
-        for done in self._connection.execute(self._statements.attempt_deltas, ids):
-            deltas[done.flow_execution_id].append(_Delta(done, done.flow_execution_step, done.task_index, done.name))
-        return {execution.execution_id: _fold(execution, deltas[execution.execution_id]) for execution in executions}
-
-    def with_contexts(self, executions: Sequence[FlowExecution]) -> list[FlowExecution]:
-        """The same executions with their contexts."""
-        progress = self.progress(executions)
-        return [with_context(each, progress[each.execution_id].context) for each in executions]
-
-
-def with_context(execution: FlowExecution, context: ExecutionContext) -> FlowExecution:
-    """The same execution with this context."""
-    return execution.model_copy(update={"execution_context": context})
-
-
-@dataclass(frozen=True)
-class _Delta:
-    row: Any
-    step: int
-    task_index: int
-    task_name: str | None
-
-    @property
-    def place(self) -> int:
-        """Where it stands in the flow: what a caller set before task i at 2i, what task i itself added at 2i + 1."""
-        return 2 * self.task_index + (0 if self.task_name is None else 1)
-
-
-def _fold(execution: FlowExecution, deltas: Iterable[_Delta]) -> Progress:
-    """Replay the deltas by step: a later one at the same or an earlier place supersedes what stood from there on.
-
-    That is what a re-run from an earlier task means: the results after it are history, not context.
-    """
-    standing: list[_Delta] = []
-    for delta in sorted(deltas, key=lambda each: each.step):
-        if delta.step > execution.execution_step:
-            break
-        while standing and (
-            standing[-1].place > delta.place or (standing[-1].place == delta.place and delta.task_name is not None)
-        ):
-            standing.pop()
-        standing.append(delta)
-    completed: list[str] = []
-    folded: list[ContextDelta] = []
-    for delta in standing:
-        if delta.place > 2 * execution.current_task_index:
-            break
-        if delta.task_name is not None:
-            completed.append(delta.task_name)
-        if delta.row.entries is not None:
-            folded.append(_delta_of_row(delta.row))
-    return Progress(ExecutionContext.folded(folded), tuple(completed))
-
-
 _ATTEMPT_COLUMNS = tuple(TaskExecution.model_fields)
 
 
@@ -455,19 +370,3 @@ def _to_execution(row: Row[Any]) -> FlowExecution:
 
 def _fence(checkpoint: Checkpoint) -> dict[str, int]:
     return {"the_id": checkpoint.execution_id, "the_epoch": checkpoint.epoch, "the_step": checkpoint.step}
-
-
-def _delta_to_row(delta: ContextDelta | None) -> Mapping[str, str | None]:
-    if delta is None or not (delta.entries or delta.dropped):
-        return {"entries": None, "entry_types": None, "dropped": None}
-    entries, entry_types = dumps_entries(delta.entries)
-    return {
-        "entries": entries,
-        "entry_types": entry_types,
-        "dropped": json.dumps(delta.dropped) if delta.dropped else None,
-    }
-
-
-def _delta_of_row(row: Row[Any]) -> ContextDelta:
-    dropped = tuple(json.loads(row.dropped)) if row.dropped is not None else ()
-    return ContextDelta(loads_entries(row.entries, row.entry_types), dropped)

@@ -128,8 +128,8 @@ def build_tables(schema: str | None = None) -> Tables:
         sqlite_autoincrement=True,
     )
     # Room for the new version of a row on its own page, so that a step touches no index.
-    fill = DDL("ALTER TABLE %(fullname)s SET (fillfactor = 70)").execute_if(dialect="postgresql")
-    event.listen(executions, "after_create", fill)
+    fill = DDL("ALTER TABLE %(fullname)s SET (fillfactor = 70)")  # type: ignore[no-untyped-call]  # its __init__ is
+    event.listen(executions, "after_create", fill.execute_if(dialect="postgresql"))
     waiting = text("status IN ('SCHEDULED', 'RESCHEDULED')")
     _partial_index(
         "ix_ebbs_flow_executions_due",

@@ -7,8 +7,9 @@ from types import TracebackType
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
+from ebbs_and_flows.persistence.contexts import Contexts
 from ebbs_and_flows.persistence.databases import Database
-from ebbs_and_flows.persistence.repositories import Attempts, Contexts, Executions, Transitions
+from ebbs_and_flows.persistence.repositories import Attempts, Executions, Transitions
 from ebbs_and_flows.persistence.statements import Statements
 
 
