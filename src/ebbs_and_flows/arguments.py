@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
 
 from ebbs_and_flows.context import ExecutionContext
 from ebbs_and_flows.errors import InvalidArgumentError, UnknownExecutionError
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowFilter, FlowStatus
+from ebbs_and_flows.names import valid_name
 from ebbs_and_flows.retries import MAX_WAIT_SECONDS
+from ebbs_and_flows.texts import MAX_OUTPUT_LENGTH, bounded
 
 MAX_ID = 2**63 - 1
 MAX_PRIORITY = 2**31 - 1
@@ -64,7 +66,7 @@ def valid_run_at(run_at: datetime | None, delay: timedelta | float | None) -> da
         return None
     if delay is not None:
         raise InvalidArgumentError("delay", delay, "either run_at or delay, not both")
-    if not isinstance(run_at, datetime) or run_at.utcoffset() is None:
+    if not _is_aware(run_at):
         raise InvalidArgumentError("run_at", run_at, "an aware datetime, for example datetime.now(timezone.utc)")
     if not 1970 <= run_at.year <= 9000:
         raise InvalidArgumentError("run_at", run_at, "a year from 1970 to 9000")
@@ -76,11 +78,32 @@ def valid_delay(delay: timedelta | float | None) -> float:
     if delay is None:
         return 0.0
     seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise InvalidArgumentError("delay", delay, "a timedelta or a number of seconds")
     if not 0 <= seconds <= MAX_WAIT_SECONDS:
         raise InvalidArgumentError("delay", delay, "a delay from none to ten years")
     return float(seconds)
+
+
+def valid_lease_seconds(lease_seconds: float) -> float:
+    """A lease of more than nothing and at most ten years."""
+    if (
+        isinstance(lease_seconds, bool)
+        or not isinstance(lease_seconds, (int, float))
+        or not 0 < lease_seconds <= MAX_WAIT_SECONDS
+    ):
+        raise InvalidArgumentError("lease_seconds", lease_seconds, "a positive number of seconds, at most ten years")
+    return float(lease_seconds)
+
+
+def valid_reason(reason: str | None) -> str | None:
+    """A free text, or none."""
+    if reason is None:
+        return None
+    if not isinstance(reason, str) or bounded(reason) != reason:
+        expected = f"a str of at most {MAX_OUTPUT_LENGTH:,} characters, without NUL and lone surrogates"
+        raise InvalidArgumentError("reason", reason, expected)
+    return str.__str__(reason)
 
 
 def valid_filter(criteria: FlowFilter) -> FlowFilter:
@@ -89,10 +112,16 @@ def valid_filter(criteria: FlowFilter) -> FlowFilter:
         raise InvalidArgumentError("criteria", criteria, "a FlowFilter")
     if criteria.limit < 1 or criteria.limit > 10_000:
         raise InvalidArgumentError("limit", criteria.limit, "a limit from 1 to 10,000")
+    if criteria.before_id is not None and not 0 < criteria.before_id <= MAX_ID:
+        raise InvalidArgumentError("before_id", criteria.before_id, "the id of an execution")
     for name in ("created_after", "created_before"):
         moment = getattr(criteria, name)
-        if moment is not None and moment.utcoffset() is None:
+        if moment is not None and not _is_aware(moment):
             raise InvalidArgumentError(name, moment, "an aware datetime")
+    for name in ("template_name", "queue", "idempotency_key"):
+        wanted = getattr(criteria, name)
+        if wanted is not None:
+            criteria = criteria.model_copy(update={name: valid_name(name.replace("_", " "), wanted)})
     return criteria
 
 
@@ -101,8 +130,13 @@ def connection_of(session: Session | Connection | None) -> Connection | None:
     if session is None:
         return None
     if isinstance(session, Session):
-        connection = session.connection()
+        try:
+            connection = session.connection()
+        except InvalidRequestError as error:
+            raise InvalidArgumentError("session", session, f"a session in a sound transaction: {error}") from error
     elif isinstance(session, Connection):
+        if session.closed:
+            raise InvalidArgumentError("session", session, "a connection that is open")
         connection = session
     else:
         hint = ""
@@ -119,3 +153,10 @@ def way_out(status: FlowStatus) -> str:
     if status.is_final:
         return f"{status} is final; schedule a new execution"
     return f"from {status} it can become {', '.join(sorted(each for each in FlowStatus if status.allows(each)))}"
+
+
+def _is_aware(moment: datetime) -> bool:
+    try:
+        return isinstance(moment, datetime) and moment.utcoffset() is not None
+    except Exception:  # a tzinfo is code of somebody's class
+        return False

@@ -31,8 +31,7 @@ class InvalidNameError(EbbsError, ValueError):
     def __init__(self, kind: str, name: object, problem: str) -> None:
         self.kind = kind
         self.name = name
-        shown = repr(name) if len(repr(name)) <= 80 else f"{repr(name)[:77]}..."
-        super().__init__(f"{kind} name {shown} {problem}")
+        super().__init__(f"{kind} name {_shown(name)} {problem}")
 
 
 class DuplicateEntryError(EbbsError, ValueError):
@@ -63,7 +62,7 @@ class MissingEntryError(EbbsError, KeyError):
         self.present = tuple(present)
         there = ", ".join(repr(entry) for entry in self.present[:20]) or "none"
         more = f" and {len(self.present) - 20} more" if len(self.present) > 20 else ""
-        super().__init__(f"the context has no entry {name!r}; it has: {there}{more}")
+        super().__init__(f"the context has no entry {_shown(name)}; it has: {there}{more}")
 
 
 class FrozenContextError(EbbsError, TypeError):
@@ -72,7 +71,7 @@ class FrozenContextError(EbbsError, TypeError):
     def __init__(self, name: object) -> None:
         self.name = name
         super().__init__(
-            f"this context is read-only, so {name!r} cannot be set: return context.copy({name}=...) instead"
+            f"this context is read-only, so {_shown(name)} cannot be set: return context.copy(a_name=...) instead"
         )
 
 
@@ -170,11 +169,7 @@ class InvalidArgumentError(EbbsError, ValueError, TypeError):
     def __init__(self, argument: str, value: object, expected: str) -> None:
         self.argument = argument
         self.value = value
-        try:
-            shown = repr(value)
-        except Exception:
-            shown = f"a {type(value).__name__}"
-        super().__init__(f"{argument}={shown[:120]} cannot be used: expected {expected}")
+        super().__init__(f"{argument}={_shown(value)} cannot be used: expected {expected}")
 
 
 # --- tasks and templates ------------------------------------------------------------------------------------------
@@ -197,7 +192,7 @@ class UnknownTemplateError(EbbsError, ValueError):
         self.registered = tuple(sorted(registered))
         there = ", ".join(repr(template) for template in self.registered) or "none"
         super().__init__(
-            f"no template {name!r} is registered; registered: {there}. "
+            f"no template {_shown(name)} is registered; registered: {there}. "
             "Call runner.register_flow_template(template) first"
         )
 
@@ -288,7 +283,7 @@ class UnknownExecutionError(EbbsError, ValueError):
 
     def __init__(self, execution_id: object, detail: str = "") -> None:
         self.execution_id = execution_id
-        super().__init__(f"no flow execution {execution_id!r} in this database{detail}")
+        super().__init__(f"no flow execution {_shown(execution_id)} in this database{detail}")
 
 
 class TransitionError(EbbsError, ValueError):
@@ -346,6 +341,15 @@ class SchemaError(EbbsError, RuntimeError):
 
 class DatabaseUrlError(EbbsError, ValueError):
     """A database URL or engine that cannot be used."""
+
+
+def _shown(value: object) -> str:
+    """A value that a caller gave, as a message shows it: whatever it is, and at most 80 characters of it."""
+    try:
+        shown = repr(value)
+    except Exception:  # a repr is code of the value's class; an int of many digits refuses as well
+        return f"<a {type(value).__name__} that cannot be shown>"
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def _type_name(expected: object) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import inspect
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import CoroutineType, TracebackType
 from typing import Any, cast
 
 from sqlalchemy.orm import Session
@@ -22,13 +22,7 @@ from ebbs_and_flows.errors import TaskResultError, TaskTimeoutError
 from ebbs_and_flows.executions import Failure, TaskStatus
 from ebbs_and_flows.names import MAX_NAME_LENGTH
 from ebbs_and_flows.tasks import Task
-
-MAX_OUTPUT_LENGTH = 16_000
-"""Characters kept of a traceback. Of a longer one the beginning and, mostly, the end: that is where the error
-stands.
-"""
-
-_KEPT_FROM_THE_BEGINNING = 2_000
+from ebbs_and_flows.texts import bounded, class_name, printable
 
 _PACKAGE = Path(__file__).parent
 
@@ -63,16 +57,16 @@ class Failed:
     @property
     def error_type(self) -> str:
         """The exception's class name."""
-        return printable(type(self.exception).__name__)[:MAX_NAME_LENGTH]
+        return class_name(type(self.exception))[:MAX_NAME_LENGTH]
 
     @property
     def summary(self) -> str:
         """The exception in one line, for the reason of a transition."""
         try:
-            text = str(self.exception)
-        except BaseException:
+            text = printable(str(self.exception))
+        except BaseException:  # its message is code of its class
             text = "<its message cannot be printed>"
-        line = printable(" ".join(text[:500].split()))
+        line = " ".join(text[:500].split())
         shown = line if len(line) <= 200 else f"{line[:197]}..."
         return f"{self.error_type}: {shown}" if shown else self.error_type
 
@@ -119,9 +113,9 @@ def format_failure(exception: BaseException) -> str:
     """The traceback as Python prints it, however hostile the exception is; from the task's own code on."""
     try:
         frames = _from_the_task_on(exception.__traceback__)
-        return "".join(traceback.format_exception(type(exception), exception, frames))
+        return printable("".join(traceback.format_exception(type(exception), exception, frames)))
     except BaseException as error:
-        return f"{type(exception).__name__} (its traceback cannot be printed: {type(error).__name__})"
+        return f"{class_name(type(exception))} (its traceback cannot be printed: {class_name(type(error))})"
 
 
 def _from_the_task_on(frames: TracebackType | None) -> TracebackType | None:
@@ -129,21 +123,6 @@ def _from_the_task_on(frames: TracebackType | None) -> TracebackType | None:
     while task_frames is not None and Path(task_frames.tb_frame.f_code.co_filename).parent == _PACKAGE:
         task_frames = task_frames.tb_next
     return task_frames or frames
-
-
-def printable(text: str) -> str:
-    """The text without what a database cannot store: NUL and lone surrogates become their escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\x00", "\\x00")
-
-
-def bounded(text: str) -> str:
-    """The text as it is stored: printable, and at most `MAX_OUTPUT_LENGTH` characters."""
-    text = printable(text)
-    if len(text) <= MAX_OUTPUT_LENGTH:
-        return text
-    beginning = text[:_KEPT_FROM_THE_BEGINNING]
-    cut = f"\n... {len(text) - MAX_OUTPUT_LENGTH:,} characters left out ...\n"
-    return beginning + cut + text[len(beginning) + len(cut) - MAX_OUTPUT_LENGTH :]
 
 
 class _LimitReachedError(Exception):
@@ -167,38 +146,62 @@ def _call(task: Task, name: str, context: ExecutionContext, session: Session | N
 
 
 def _next_context(name: str, result: Any) -> ExecutionContext:
-    if isinstance(result, ExecutionContext):
-        return result
-    if inspect.iscoroutine(result):
+    # By its type: what isinstance asks an object about its class may be code of that class.
+    if issubclass(type(result), ExecutionContext):
+        return cast("ExecutionContext", result)
+    if issubclass(type(result), CoroutineType):
         result.close()
         raise TaskResultError(name, "returned a coroutine that nobody awaits: declare run with async def")
     raise TaskResultError(
         name,
-        f"returned {'None' if result is None else 'a ' + type(result).__name__}: a task returns the next task's input, "
-        "either context or context.copy(name=value)",
+        f"returned {'None' if result is None else 'a ' + class_name(type(result))}: a task returns the next task's "
+        "input, either context or context.copy(name=value)",
     )
 
 
-async def _limited(body: Awaitable[Any], limit: float | None) -> Any:
+async def _limited(body: Awaitable[Any], limit: float | None) -> tuple[bool, Any]:
+    """Whether the body has returned, and what it returned or raised: raised through the loop, it would end the loop."""
     if limit is None:
-        return await body
-    running = asyncio.ensure_future(body)
+        return await _caught(body)
+    running = asyncio.ensure_future(_caught(body))
     done, _ = await asyncio.wait({running}, timeout=limit)
     if not done:
         running.cancel()
         await asyncio.wait({running})
-        if running.cancelled() or running.exception() is not None:
-            raise _LimitReachedError
+        return False, _LimitReachedError()
     return running.result()
 
 
-def _in_event_loop(body: Any) -> Any:
+async def _caught(body: Awaitable[Any]) -> tuple[bool, Any]:
+    try:
+        return True, await body
+    except asyncio.CancelledError as error:
+        if _is_being_cancelled():
+            raise
+        return False, error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return False, error
+
+
+def _is_being_cancelled() -> bool:
+    """Whether somebody cancels this coroutine from outside (a signal, a limit); Python 3.10 cannot tell."""
+    current = asyncio.current_task()
+    return current is not None and sys.version_info >= (3, 11) and current.cancelling() > 0
+
+
+def _in_event_loop(body: Coroutine[Any, Any, tuple[bool, Any]]) -> Any:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(body)
-    # The caller's own loop runs in this thread, and one loop cannot run within another.
-    return _in_thread(lambda: asyncio.run(body), "asyncio", None)
+        succeeded, value = asyncio.run(body)
+    else:
+        # The caller's own loop runs in this thread, and one loop cannot run within another.
+        succeeded, value = _in_thread(lambda: asyncio.run(body), "asyncio", None)
+    if succeeded:
+        return value
+    raise value
 
 
 def _in_thread(body: Callable[[], Any], name: str, limit: float | None) -> Any:

@@ -16,23 +16,26 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from ebbs_and_flows.arguments import as_context, runnable_status
+from ebbs_and_flows.arguments import as_context, runnable_status, valid_lease_seconds
 from ebbs_and_flows.checkpoints import AttemptEnd, Checkpoint, Claim, NextAttempt, Rest
 from ebbs_and_flows.context import ExecutionContext
 from ebbs_and_flows.errors import (
     DuplicateTemplateError,
     InvalidArgumentError,
+    InvalidNameError,
     TaskResultError,
     TemplateError,
     UnknownTemplateError,
 )
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, Failure, FlowExecution, FlowStatus, TaskStatus
-from ebbs_and_flows.outcomes import Failed, Outcome, Success, bounded, run_body
+from ebbs_and_flows.names import valid_name
+from ebbs_and_flows.outcomes import Failed, Outcome, Success, run_body
 from ebbs_and_flows.persistence.contexts import with_context
 from ebbs_and_flows.service import CommitRefusedError, FlowService
 from ebbs_and_flows.steps import Recorded
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate
+from ebbs_and_flows.texts import bounded, class_name
 
 logger = logging.getLogger("ebbs_and_flows")
 
@@ -59,7 +62,7 @@ class FlowRunner:
             raise InvalidArgumentError("service", service, "a FlowService")
         self.service = service
         self.worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-        self._lease_seconds = lease_seconds
+        self._lease_seconds = valid_lease_seconds(lease_seconds)
         self._sleep = sleep
         self._templates: dict[str, FlowTemplate] = {}
 
@@ -89,7 +92,10 @@ class FlowRunner:
         Raises:
             UnknownTemplateError: none is registered with this runner.
         """
-        template = self._templates.get(name) if isinstance(name, str) else None
+        try:
+            template = self._templates.get(valid_name("template", name))
+        except InvalidNameError:
+            template = None
         if template is None:
             raise UnknownTemplateError(name, self._templates)
         return template
@@ -366,7 +372,7 @@ class FlowRunner:
             TaskStatus.FAILED,
             failure=Failure.STOPPED,
             error_type="WorkerStopped",
-            output=bounded(f"The worker was stopped by {type(interrupt).__name__} while this attempt was running."),
+            output=bounded(f"The worker was stopped by {class_name(type(interrupt))} while this attempt was running."),
         )
         self.service.checkpoint(
             [
@@ -392,12 +398,12 @@ def _flushed(outcome: Success, session: Session, is_intact: Callable[[], bool], 
     try:
         if is_intact():
             session.commit()
+        if is_intact():
+            return outcome
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         return Failed(error)
-    if is_intact():
-        return outcome
     return Failed(
         TaskResultError(
             name,
@@ -429,9 +435,10 @@ def _after_failure(claim: Claim, task: Task, outcome: Failed) -> tuple[Failed, R
             seconds = policy.wait_seconds(outcome.exception, failed_attempts)
             reason = f"{outcome.summary}; {failed_attempts} of {policy.max_attempts} attempts, next in {seconds:.1f} s"
             return outcome, Rest(FlowStatus.RESCHEDULED, attempt.task_index, reason, seconds)
-    except Exception as error:
-        note = f"No retry: the retry policy raised {type(error).__name__}: {error}"
-        outcome = replace(outcome, note=bounded(note)[:500])
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a wait strategy is the user's code
+        outcome = replace(outcome, note=f"No retry: the retry policy raised {Failed(error).summary}")
     return outcome, Rest(FlowStatus.FAILED, attempt.task_index, outcome.summary)
 
 

@@ -20,7 +20,9 @@ from ebbs_and_flows.arguments import (
     valid_delay,
     valid_filter,
     valid_id,
+    valid_lease_seconds,
     valid_priority,
+    valid_reason,
     valid_run_at,
     valid_status,
     way_out,
@@ -43,7 +45,7 @@ from ebbs_and_flows.executions import (
     TaskExecution,
     TaskStatus,
 )
-from ebbs_and_flows.names import valid_name
+from ebbs_and_flows.names import MAX_NAME_LENGTH, valid_name
 from ebbs_and_flows.persistence.contexts import NO_CONTEXT
 from ebbs_and_flows.persistence.databases import create_engine_for, database_of
 from ebbs_and_flows.persistence.repositories import NewExecution
@@ -52,6 +54,7 @@ from ebbs_and_flows.persistence.tables import build_tables
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
 from ebbs_and_flows.steps import Recorded
 from ebbs_and_flows.templates import FlowTemplate
+from ebbs_and_flows.texts import bounded, printable
 
 
 class CommitRefusedError(Exception):
@@ -283,6 +286,9 @@ class FlowService:
             UnserializableValueError: the context holds a value that cannot be stored. Nothing is written.
         """
         status = valid_status(status)
+        reason = valid_reason(reason)
+        worker = None if worker is None else valid_name("worker", worker)
+        lease_seconds = valid_lease_seconds(lease_seconds)
         replacement = None if context is None else as_context(context)
         with self._work() as work:
             execution = steps.existing(work, execution_id, lock=True)
@@ -327,6 +333,7 @@ class FlowService:
             TemplateError: `from_task` is no task that it has reached.
             UnknownExecutionError: there is no such execution.
         """
+        reason = valid_reason(reason)
         with self._work() as work:
             execution = steps.existing(work, execution_id, lock=True)
             if execution.status is not FlowStatus.FAILED:
@@ -422,8 +429,8 @@ class FlowService:
                 task_execution.status,
                 delta,
                 None if succeeded else task_execution.failure or Failure.EXCEPTION,
-                None if succeeded else task_execution.error_type,
-                None if succeeded else task_execution.output,
+                None if succeeded else printable(task_execution.error_type or "")[:MAX_NAME_LENGTH] or None,
+                None if succeeded else bounded(task_execution.output or "") or None,
             )
             at = work.executions.touch(execution, execution.current_task_index + (1 if succeeded else 0))
             work.attempts.end(execution.execution_id, found.flow_execution_step, end, at)

@@ -7,7 +7,7 @@ import inspect
 import sys
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
@@ -332,7 +332,9 @@ def _special_kind(annotation: Any, name: str) -> str | None:
 def _declared_outputs(name: str, outputs: str | Sequence[str], returned: Any) -> tuple[TaskDataItem, ...]:
     if isinstance(outputs, str):
         return (TaskDataItem(outputs, returned),)
-    names = tuple(outputs)
+    if not isinstance(outputs, Iterable):
+        raise TemplateError(f"task {name!r} has outputs={outputs!r}: a name, or a tuple of names")
+    names = tuple(valid_name("context entry", each) for each in outputs)
     if len(set(names)) != len(names):
         raise TemplateError(f"task {name!r} names an output twice: {list(names)}")
     types = typing.get_args(returned) if typing.get_origin(returned) is tuple else ()

@@ -36,6 +36,8 @@ class FlowTemplate:
         self._declared_inputs = None if inputs is None else _items(f"template {self.name!r}", "inputs", inputs)
         self._available: dict[str, Any] = {item.name: item.type for item in self._declared_inputs or ()}
         self._types_declared = False
+        if isinstance(tasks, (str, Task)) or not isinstance(tasks, Iterable):
+            raise TemplateError(f"template {self.name!r} takes a list of tasks, not {type(tasks).__name__}")
         for task in tasks:
             self.add_task(task)
 
@@ -70,7 +72,7 @@ class FlowTemplate:
             TemplateError: the template has none of this name.
         """
         try:
-            return self._task_names.index(task_name)
+            return self._task_names.index(valid_name("task", task_name))
         except ValueError:
             raise TemplateError(
                 f"template {self.name!r} has no task {task_name!r}; it has: {list(self._task_names)}"

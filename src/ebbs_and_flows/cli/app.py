@@ -70,7 +70,7 @@ def before_the_subcommand(
         typer.Option(
             envvar=DATABASE_URL_VARIABLE,
             metavar="URL",
-            help="The database: postgresql://user@host/database or sqlite:///flows.db. Also accepted after the subcommand.",
+            help="The database: postgresql://user@host/database or sqlite:///flows.db; also after the subcommand.",
             show_default=False,
         ),
     ] = None,
@@ -79,7 +79,7 @@ def before_the_subcommand(
         typer.Option(
             envvar=SCHEMA_VARIABLE,
             metavar="NAME",
-            help="The named schema that holds the tables (PostgreSQL only). Also accepted after the subcommand.",
+            help="The named schema that holds the tables (PostgreSQL only); also after the subcommand.",
             show_default=False,
         ),
     ] = None,

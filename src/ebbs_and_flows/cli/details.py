@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -19,13 +20,21 @@ from ebbs_and_flows.cli.terminal import (
     duration,
     moment,
     open_console,
+    print_trimmed,
     safe,
     safe_lines,
     status_text,
 )
 from ebbs_and_flows.cli.timeline import ASCII, LINES, draw
 from ebbs_and_flows.codec import EncodedValue
-from ebbs_and_flows.executions import FlowExecution, FlowStatus, FlowTransition, TaskExecution, TaskStatus
+from ebbs_and_flows.executions import (
+    RUNNABLE_STATUSES,
+    FlowExecution,
+    FlowStatus,
+    FlowTransition,
+    TaskExecution,
+    TaskStatus,
+)
 
 LAST_LINES = 8
 """How many lines of a traceback are shown unless all are asked for: the error stands at its end."""
@@ -68,7 +77,7 @@ def _print_state(
     transitions: Sequence[FlowTransition],
     now: datetime,
 ) -> None:
-    title = Text.assemble((safe(execution.template_name), "bold"), f" {execution.execution_id}  ")
+    title = Text.assemble(f"execution {execution.execution_id} of ", (safe(execution.template_name), "bold"), "  ")
     title.append_text(status_text(execution.status))
     at = [attempt.name for attempt in attempts if attempt.task_index == execution.current_task_index]
     if at and execution.status is not FlowStatus.SUCCEEDED:
@@ -80,7 +89,7 @@ def _print_state(
     console.print()
 
     facts = [("created", moment(execution.created_at, now))]
-    if execution.status in (FlowStatus.SCHEDULED, FlowStatus.RESCHEDULED):
+    if execution.status in RUNNABLE_STATUSES:
         facts.append(("due", moment(execution.run_at, now)))
     if execution.started_at is not None:
         facts.append(("started", moment(execution.started_at, now)))
@@ -99,7 +108,7 @@ def _print_state(
     table = _table()
     for name, value in facts:
         table.add_row(Text(f"  {name}", style="dim"), Text(safe(value), overflow="fold"))
-    console.print(table)
+    print_trimmed(console, table)
 
 
 def _print_attempts(console: Console, attempts: Sequence[TaskExecution], now: datetime) -> None:
@@ -117,7 +126,7 @@ def _print_attempts(console: Console, attempts: Sequence[TaskExecution], now: da
     glyphs = LINES if can_show(console, "━╸╺┄") else ASCII
     timeline = draw(attempts, now, max(width, 8), glyphs)
 
-    table = _table()
+    table = _table(header=True)
     table.add_column(Text("  task"), width=name_width + 2)
     table.add_column("try", justify="right", width=3)
     table.add_column("status", width=9)
@@ -141,7 +150,7 @@ def _print_attempts(console: Console, attempts: Sequence[TaskExecution], now: da
             cells.append(cell(error, style))
         table.add_row(*cells)
     _print_heading(console, "attempts")
-    console.print(table)
+    print_trimmed(console, table)
     if timeline.broken:
         console.print(Text("  // a long wait, not to scale", style="dim"))
 
@@ -165,7 +174,7 @@ def _print_transitions(console: Console, transitions: Sequence[FlowTransition]) 
             status_text(transition.to_status),
             Text(because, overflow="fold"),
         )
-    console.print(table)
+    print_trimmed(console, table)
 
 
 def _print_failure(
@@ -176,12 +185,17 @@ def _print_failure(
         return
     last = failed[-1]
     lines = safe_lines(last.output or "")
+    if not full:
+        lines = [
+            line for line in lines if line.strip(" ^~")
+        ]  # of the marks below the code nothing is left when it wraps
     left_out = 0 if full else max(0, len(lines) - LAST_LINES)
     _print_heading(console, f"failure of {safe(last.name)}, attempt {last.attempt}")
     if left_out:
         console.print(Text(f"  ... {left_out} more lines with --full", style="dim"))
     for line in lines[left_out:]:
-        console.print(Text(f"  {line}", overflow="fold"))
+        indent = len(line) - len(line.lstrip(" "))
+        print_trimmed(console, Padding(Text(line.lstrip(" "), overflow="fold"), (0, 0, 0, 2 + min(indent, 20))))
 
 
 def _print_context(console: Console, execution: FlowExecution, *, full: bool) -> None:
@@ -189,7 +203,7 @@ def _print_context(console: Console, execution: FlowExecution, *, full: bool) ->
     if not entries:
         return
     _print_heading(console, "context")
-    table = _table()
+    table = _table(header=True)
     table.add_column("  name", max_width=2 + max(8, console.width // 4))
     table.add_column("type", max_width=max(8, console.width // 5))
     table.add_column("value")
@@ -200,7 +214,7 @@ def _print_context(console: Console, execution: FlowExecution, *, full: bool) ->
             cell(encoded.type_name, "" if is_known(encoded.type_name) else "magenta"),
             Text(shown, overflow="fold") if full else Text(shown, no_wrap=True, overflow="ellipsis"),
         )
-    console.print(table)
+    print_trimmed(console, table)
 
 
 def value_text(encoded: EncodedValue, limit: int | None) -> str:
@@ -218,34 +232,36 @@ def value_text(encoded: EncodedValue, limit: int | None) -> str:
 
 
 def _print_what_next(console: Console, execution: FlowExecution, now: datetime) -> None:
-    execution_id = execution.execution_id
-    lines: list[str] = []
-    if execution.status is FlowStatus.FAILED:
-        lines = [f"re-run: ebbs runs reschedule {execution_id}", "        --from-task NAME goes further back"]
-    elif execution.status is FlowStatus.CREATED:
-        lines = ["It is not scheduled yet: nothing runs it before that."]
-    elif execution.status in (FlowStatus.SCHEDULED, FlowStatus.RESCHEDULED):
-        if execution.run_at > now:
-            lines = [f"It is due {distance(execution.run_at, now)}, at {execution.run_at:%Y-%m-%d %H:%M:%S} UTC."]
-        else:
-            lines = [
-                f"It is due since {duration((now - execution.run_at).total_seconds())} and waits for a free process",
-                f"that knows its template and takes from queue {execution.queue!r}.",
-            ]
-    elif execution.status is FlowStatus.RUNNING and execution.lease_expires_at is not None:
-        if execution.lease_expires_at > now:
-            lines = [
-                f"Its worker holds it until its lease expires {distance(execution.lease_expires_at, now)}, or is renewed."
-            ]
-        else:
-            lines = [
-                f"Its lease expired {distance(execution.lease_expires_at, now)}: its worker may be lost. If it is known to be",
-                f"dead, runner.recover({execution_id}) takes it over; or: ebbs runs cancel {execution_id}",
-            ]
+    lines = _what_next(execution, now)
     if lines:
         console.print()
     for line in lines:
         console.print(Text(safe(line), style="bold"))
+
+
+def _what_next(execution: FlowExecution, now: datetime) -> list[str]:
+    """What follows, and the command for it where it takes a person."""
+    execution_id, status = execution.execution_id, execution.status
+    if status is FlowStatus.FAILED:
+        lines = [f"re-run: ebbs runs reschedule {execution_id}"]
+        if execution.current_task_index > 0:
+            lines.append("        --from-task NAME goes further back")
+        return lines
+    if status is FlowStatus.CREATED:
+        return ["It is not scheduled yet: nothing runs it before that."]
+    if status in RUNNABLE_STATUSES:
+        if execution.run_at > now:
+            return [f"It is due {distance(execution.run_at, now)}."]
+        since = duration((now - execution.run_at).total_seconds())
+        queue = f"takes from queue {execution.queue!r}"
+        return [f"It is due since {since}, and waits for a process that has its template and {queue}."]
+    if status is FlowStatus.RUNNING and execution.lease_expires_at is not None:
+        expiry = distance(execution.lease_expires_at, now)
+        if execution.lease_expires_at > now:
+            return [f"Its worker holds it: the lease expires {expiry}, unless it is renewed."]
+        way_out = f"runner.recover({execution_id}) takes the execution over, or ebbs runs cancel {execution_id} ends it"
+        return [f"Its lease expired {expiry}: the worker may be lost. Once it is known to be dead, {way_out}."]
+    return []
 
 
 def _print_heading(console: Console, text: str) -> None:
@@ -253,5 +269,5 @@ def _print_heading(console: Console, text: str) -> None:
     console.print(Text(text, style="bold"))
 
 
-def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_header=True)
+def _table(*, header: bool = False) -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_header=header)

@@ -20,4 +20,4 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no reason to fail
-    app()
+    app(prog_name="ebbs")

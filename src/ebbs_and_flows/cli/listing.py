@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ebbs_and_flows.cli.terminal import cell, distance, duration, open_console, safe, status_text
+from ebbs_and_flows.cli.terminal import cell, distance, duration, open_console, print_trimmed, safe, status_text
 from ebbs_and_flows.errors import UnknownExecutionError
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowExecution, FlowStatus
 from ebbs_and_flows.service import FlowService
@@ -37,7 +37,7 @@ class ListedRun:
 
     @property
     def step(self) -> str:
-        """Where it stands, counted from 1: 2/… until all are done, since only its application knows how many there are."""
+        """Where it stands, counted from 1: 2/… until all are done, since only its application knows the template."""
         index = self.execution.current_task_index
         return f"{index}/{index}" if self.execution.status is FlowStatus.SUCCEEDED else f"{index + 1}/…"
 
@@ -84,8 +84,8 @@ def print_rows(rows: Sequence[ListedRun], now: datetime) -> None:
         console.print(
             Text.assemble((f"{execution_id} failed{where}: ", "bold"), safe(row.reason or "no reason is recorded"))
         )
-        console.print(f"  why:    ebbs runs show {execution_id}")
         console.print(f"  re-run: ebbs runs reschedule {execution_id}")
+        console.print(f"  more:   ebbs runs show {execution_id}")
 
 
 def _print_table(console: Console, rows: Sequence[ListedRun], now: datetime) -> None:
@@ -112,4 +112,4 @@ def _print_table(console: Console, rows: Sequence[ListedRun], now: datetime) -> 
         if with_reason:
             cells.append(cell(row.reason or ""))
         table.add_row(*cells)
-    console.print(table)
+    print_trimmed(console, table)

@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 
 ExecutionId = Annotated[int, typer.Argument(metavar="ID", help="The execution's id.")]
-Reason = Annotated[str | None, typer.Option(help="Why; kept in the history.", show_default=False)]
+Reason = Annotated[str | None, typer.Option(metavar="TEXT", help="Why; kept in the history.", show_default=False)]
 
 
 @app.command("list")
@@ -27,11 +27,20 @@ def list_runs(
     ctx: typer.Context,
     status: Annotated[
         list[FlowStatus] | None,
-        typer.Option(help="Only these; repeat it for several.", case_sensitive=False, show_default=False),
+        typer.Option(
+            metavar="STATUS",
+            help=f"Only these: {', '.join(FlowStatus)}. Repeat it for several.",
+            case_sensitive=False,
+            show_default=False,
+        ),
     ] = None,
-    template: Annotated[str | None, typer.Option(help="Only of this template.", show_default=False)] = None,
-    queue: Annotated[str | None, typer.Option(help="Only of this queue.", show_default=False)] = None,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most this many, newest first.")] = 25,
+    template: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only of this template.", show_default=False)
+    ] = None,
+    queue: Annotated[str | None, typer.Option(metavar="NAME", help="Only of this queue.", show_default=False)] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, max=10_000, metavar="NUMBER", help="At most this many, newest first.")
+    ] = 25,
     before: Annotated[
         int | None, typer.Option(metavar="ID", help="Only ids below this one: the next page.", show_default=False)
     ] = None,
@@ -39,7 +48,10 @@ def list_runs(
     database_url: DatabaseUrlOption = None,
     schema: SchemaOption = None,
 ) -> None:
-    """List executions, newest first: where each one stands, why, and how to re-run those that failed."""
+    """List executions: what failed, why, the way out.
+
+    Newest first; below the table stands the command that re-runs each one that failed.
+    """
     criteria = FlowFilter(
         template_name=template,
         statuses=frozenset(status) if status else None,
@@ -69,7 +81,10 @@ def show(
     database_url: DatabaseUrlOption = None,
     schema: SchemaOption = None,
 ) -> None:
-    """Show one execution: its attempts on a time scale, its status changes, its last failure, its context."""
+    """Show all that is known of one execution.
+
+    Its attempts on a time scale, its status changes, its last failure, its context, and what comes next.
+    """
     with find_target(ctx, database_url, schema).service() as service:
         execution = service.get_flow_execution(execution_id)
         attempts = service.get_task_executions(execution_id)
@@ -95,7 +110,10 @@ def reschedule(
     database_url: DatabaseUrlOption = None,
     schema: SchemaOption = None,
 ) -> None:
-    """Make a FAILED execution run again, from the task that failed or from an earlier one."""
+    """Make a FAILED execution run again.
+
+    It goes on at the task that failed, or at an earlier one, with the context as it was then.
+    """
     with find_target(ctx, database_url, schema).service() as service:
         execution = service.reschedule(execution_id, from_task, reason)
         row = look_up(service, execution)
@@ -111,7 +129,10 @@ def cancel(
     database_url: DatabaseUrlOption = None,
     schema: SchemaOption = None,
 ) -> None:
-    """Cancel an execution that is not final: no task of it starts any more."""
+    """Cancel an execution: no task of it starts any more.
+
+    What a task returns that is running by now is refused.
+    """
     with find_target(ctx, database_url, schema).service() as service:
         execution = service.cancel(execution_id, reason)
     _tell(execution, "no task of it starts any more", as_json)

@@ -76,8 +76,16 @@ class Target:
     @property
     def shown_url(self) -> str:
         """The URL without its secrets."""
-        secrets = {key: "***" for key in self.url.query if "password" in key.lower() or "secret" in key.lower()}
-        return self.url.update_query_dict(secrets).render_as_string(hide_password=True)
+        secrets = [key for key in self.url.query if "password" in key.lower() or "secret" in key.lower()]
+        return self.url.difference_update_query(secrets).render_as_string(hide_password=True)
+
+    @property
+    def engine_url(self) -> URL:
+        """The URL to connect with: one that does not wait for minutes, unless it is told to."""
+        uses_libpq = self.url.drivername in ("postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg2")
+        if not uses_libpq or "connect_timeout" in self.url.query or "PGCONNECT_TIMEOUT" in os.environ:
+            return self.url
+        return self.url.update_query_dict({"connect_timeout": str(CONNECT_TIMEOUT_SECONDS)})
 
     def require_file(self) -> None:
         """Raise `NoSuchFileError` for a SQLite file that is not there, which opening it would make."""
@@ -104,18 +112,18 @@ class Target:
 
     @contextmanager
     def service(self) -> Iterator[FlowService]:
-        """A service on it. Unlike the library it makes no schema by itself, not even on SQLite: the URL may be mistyped."""
+        """A service on it. No schema is made, not even on SQLite, where the library does: the URL may be mistyped."""
         self.check()
-        with FlowService(self.url, schema=self.schema) as service:
+        with FlowService(self.engine_url, schema=self.schema) as service:
             yield service
 
     @contextmanager
     def _untouched(self) -> Iterator[Engine]:
-        """An engine for reading. The library's own would switch a SQLite file to WAL, and it may be another program's."""
+        """An engine for reading. The library's own would switch a SQLite file to WAL, maybe another program's."""
         if self.url.get_backend_name() == "sqlite":
             engine = create_engine(self.url, hide_parameters=True)
         else:
-            engine = create_engine_for(self.url)
+            engine = create_engine_for(self.engine_url)
         try:
             yield engine
         finally:
@@ -133,10 +141,10 @@ def find_target(ctx: typer.Context, database_url: str | None, schema: str | None
     if given is None:
         raise DatabaseUrlError(f"no database is given: set {DATABASE_URL_VARIABLE} or add --database-url URL")
     url = _parsed(given)
-    create_engine_for(url).dispose()  # connects to nothing; says what is wrong with the URL
     if url.get_backend_name() == "sqlite" and _sqlite_file(url) is None:
         raise DatabaseUrlError("this SQLite database is in memory, so it ends with the command: give a file")
-    settings.target = Target(_with_timeout(url), schema or settings.schema)
+    create_engine_for(url).dispose()  # connects to nothing; says what is wrong with the URL
+    settings.target = Target(url, schema or settings.schema)
     return settings.target
 
 
@@ -167,13 +175,6 @@ def _parsed(given: str) -> URL:
         # A part of the password has been read as the host, and messages would show it.
         raise DatabaseUrlError("the URL has more than one @: write an @ in the password as %40, a / as %2F")
     return url
-
-
-def _with_timeout(url: URL) -> URL:
-    uses_libpq = url.drivername in ("postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg2")
-    if not uses_libpq or "connect_timeout" in url.query or "PGCONNECT_TIMEOUT" in os.environ:
-        return url
-    return url.update_query_dict({"connect_timeout": str(CONNECT_TIMEOUT_SECONDS)})
 
 
 def _sqlite_file(url: URL) -> str | None:

@@ -6,7 +6,8 @@ import os
 import sys
 from datetime import datetime
 
-from rich.console import Console
+import typer
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from ebbs_and_flows.executions import FlowStatus, TaskStatus
@@ -48,9 +49,17 @@ def open_console(*, needed_width: int | None = None) -> Console:
     return console
 
 
+def print_trimmed(console: Console, block: RenderableType) -> None:
+    """Print a table or the like without the spaces that fill up its lines."""
+    with console.capture() as capture:
+        console.print(block)
+    for line in capture.get().splitlines():
+        console.file.write(f"{line.rstrip()}\n")
+
+
 def say(message: str) -> None:
     """Write one message to stderr."""
-    sys.stderr.write(f"{safe(message)}\n")
+    typer.echo(safe(message), err=True)
 
 
 def safe(text: str) -> str:

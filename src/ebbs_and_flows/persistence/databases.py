@@ -23,6 +23,9 @@ class Database(Protocol):
     def begin_write(self, connection: Connection) -> None:
         """Begin a transaction that is going to write."""
 
+    def is_in_transaction(self, connection: Connection) -> bool:
+        """Whether the driver itself, whatever was said to it, is in a transaction."""
+
     def insert(self, table: Table) -> Any:
         """An INSERT that knows ON CONFLICT DO NOTHING."""
 

@@ -34,10 +34,12 @@ class SQLite:
         """
         if not connection.in_transaction():
             connection.begin()
-        driver = connection.connection.driver_connection
         # An engine of the host may begin transactions itself; then it is begun already, in the host's way.
-        if not getattr(driver, "in_transaction", False):
+        if not self.is_in_transaction(connection):
             connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    def is_in_transaction(self, connection: Connection) -> bool:
+        return bool(getattr(connection.connection.driver_connection, "in_transaction", False))
 
     def insert(self, table: Table) -> Insert:
         return insert(table)

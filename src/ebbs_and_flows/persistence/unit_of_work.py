@@ -69,7 +69,9 @@ class UnitOfWork:
 
     def is_intact(self) -> bool:
         """Whether its transaction is still the one it began, and can be committed."""
-        return self._transaction is not None and self._transaction.is_active
+        if self._transaction is None or not self._transaction.is_active:
+            return False
+        return self._database.is_in_transaction(self.connection)  # a COMMIT in plain SQL is seen only there
 
     def session(self) -> Session:
         """A Session within this transaction, for a transactional task.
