@@ -38,6 +38,14 @@ def postgres_template(postgres_server: PostgresServer) -> Iterator[URL]:
 
 
 @pytest.fixture(scope="session")
+def postgres_database(postgres_server: PostgresServer, postgres_template: URL) -> Iterator[URL]:
+    """A copy of it that the tests of this process use one after the other."""
+    url = postgres_server.create_database(template=postgres_template)
+    yield url
+    postgres_server.drop_database(url)
+
+
+@pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database file with the current schema, to be copied."""
     from ebbs_and_flows import schema
@@ -62,10 +70,9 @@ def database_url(database: str, request: pytest.FixtureRequest, tmp_path: Path) 
         template_file = request.getfixturevalue("sqlite_template")
         yield f"sqlite:///{shutil.copy(template_file, tmp_path / 'flows.db')}"
     else:
-        server = request.getfixturevalue("postgres_server")
-        url = server.create_database(template=request.getfixturevalue("postgres_template"))
+        url = request.getfixturevalue("postgres_database")
         yield _text(url)
-        server.drop_database(url)
+        request.getfixturevalue("postgres_server").reset_database(url, request.getfixturevalue("postgres_template"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import URL, create_engine, make_url, text
+from sqlalchemy import URL, NullPool, create_engine, make_url, text
 
 if TYPE_CHECKING:
     from testcontainers.community.postgres import PostgresContainer
@@ -24,6 +24,13 @@ DOCKER_TIMEOUT_SECONDS = 5
 
 # The data is thrown away with the server, so nothing has to survive a power cut. It is what a test costs most.
 THROW_AWAY = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
+
+
+TABLES = ("ebbs_flow_executions", "ebbs_task_executions", "ebbs_flow_transitions")
+VERSION_TABLE = "ebbs_alembic_version"
+OWN_SCHEMAS = (
+    "SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname NOT IN ('public', 'information_schema')"
+)
 
 
 class NoServerError(Exception):
@@ -46,6 +53,31 @@ class PostgresServer:
     def drop_database(self, url: URL) -> None:
         """Drop a database, whoever may still be connected to it."""
         self.execute(f'DROP DATABASE "{url.database}" WITH (FORCE)')
+
+    def reset_database(self, url: URL, template: URL) -> None:
+        """Make a database like its template again: much faster than dropping it and creating another one."""
+        self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{url.database}'")
+        from ebbs_and_flows import schema
+
+        engine = create_engine(url, poolclass=NullPool)
+        with engine.begin() as connection:
+            schemas = connection.scalars(text(OWN_SCHEMAS)).all()
+            tables = connection.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")).all()
+            ours = sorted(each for each in tables if each in TABLES)
+            for name in schemas:
+                connection.execute(text(f'DROP SCHEMA "{name}" CASCADE'))
+            for name in {*tables} - {*TABLES, VERSION_TABLE}:
+                connection.execute(text(f'DROP TABLE "{name}" CASCADE'))
+            is_whole = len(ours) == len(TABLES) and VERSION_TABLE in tables
+            if is_whole:
+                version = connection.scalar(text(f"SELECT max(version_num) FROM {VERSION_TABLE}"))
+                is_whole = version == schema.REVISION
+            if is_whole:
+                connection.execute(text(f"TRUNCATE {', '.join(ours)} RESTART IDENTITY"))
+        engine.dispose()
+        if not is_whole:  # a test of migrations was here
+            self.drop_database(url)
+            self.execute(f'CREATE DATABASE "{url.database}" TEMPLATE "{template.database}"')
 
     def execute(self, statement: str) -> None:
         """Execute one statement outside any transaction."""

@@ -339,6 +339,18 @@ class SchemaError(EbbsError, RuntimeError):
         super().__init__(f'{state}, this release needs {expected}: run "ebbs db upgrade".')
 
 
+class MigrationError(EbbsError, ValueError):
+    """The migrations cannot go to the revision that was asked for.
+
+    Attributes:
+        revision: that revision.
+    """
+
+    def __init__(self, revision: object, problem: str) -> None:
+        self.revision = revision
+        super().__init__(f"the schema cannot be brought to revision {_shown(revision)}: {problem}")
+
+
 class DatabaseUrlError(EbbsError, ValueError):
     """A database URL or engine that cannot be used."""
 

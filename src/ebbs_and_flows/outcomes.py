@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import CoroutineType, TracebackType
@@ -22,7 +22,7 @@ from ebbs_and_flows.errors import TaskResultError, TaskTimeoutError
 from ebbs_and_flows.executions import Failure, TaskStatus
 from ebbs_and_flows.names import MAX_NAME_LENGTH
 from ebbs_and_flows.tasks import Task
-from ebbs_and_flows.texts import bounded, class_name, printable
+from ebbs_and_flows.texts import bounded, class_name, one_line, printable
 
 _PACKAGE = Path(__file__).parent
 
@@ -63,11 +63,9 @@ class Failed:
     def summary(self) -> str:
         """The exception in one line, for the reason of a transition."""
         try:
-            text = printable(str(self.exception))
+            shown = one_line(str(self.exception), 200)
         except BaseException:  # its message is code of its class
-            text = "<its message cannot be printed>"
-        line = " ".join(text[:500].split())
-        shown = line if len(line) <= 200 else f"{line[:197]}..."
+            shown = "<its message cannot be printed>"
         return f"{self.error_type}: {shown}" if shown else self.error_type
 
     def attempt_end(self) -> AttemptEnd:
@@ -133,7 +131,7 @@ def _call(task: Task, name: str, context: ExecutionContext, session: Session | N
     arguments = (context, session) if task.is_transactional else (context,)
     limit = task.timeout_seconds
     if task.is_async:
-        return _in_event_loop(_limited(cast("Awaitable[Any]", task.run(*arguments)), limit))
+        return _in_event_loop(cast("Awaitable[Any]", task.run(*arguments)), limit)
     if limit is None:
         return task.run(*arguments)
     if task.is_transactional:
@@ -159,30 +157,44 @@ def _next_context(name: str, result: Any) -> ExecutionContext:
     )
 
 
-async def _limited(body: Awaitable[Any], limit: float | None) -> tuple[bool, Any]:
-    """Whether the body has returned, and what it returned or raised: raised through the loop, it would end the loop."""
-    if limit is None:
-        return await _caught(body)
-    running = asyncio.ensure_future(_caught(body))
-    done, _ = await asyncio.wait({running}, timeout=limit)
-    if not done:
-        running.cancel()
-        await asyncio.wait({running})
-        return False, _LimitReachedError()
-    return running.result()
+class _Answer:
+    """What a coroutine returned or raised.
 
+    It is put here, not passed through the event loop: a loop that ends shows its main task's result and exception, and
+    what showing them raises would leave its signal handler behind, for every later loop of the process.
+    """
 
-async def _caught(body: Awaitable[Any]) -> tuple[bool, Any]:
-    try:
-        return True, await body
-    except asyncio.CancelledError as error:
-        if _is_being_cancelled():
+    def __init__(self) -> None:
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    async def of(self, body: Awaitable[Any], limit: float | None) -> None:
+        """Await the body, for at most `limit` seconds."""
+        if limit is None:
+            await self._await(body)
+            return
+        running = asyncio.ensure_future(self._await(body))
+        done, _ = await asyncio.wait({running}, timeout=limit)
+        if not done:
+            running.cancel()
+            await asyncio.wait({running})
+            self._error = _LimitReachedError()
+
+    async def _await(self, body: Awaitable[Any]) -> None:
+        try:
+            self._value = await body
+        except KeyboardInterrupt:
             raise
-        return False, error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        return False, error
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                raise
+            self._error = error
+
+    def get(self) -> Any:
+        """What it returned; or raise what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
 def _is_being_cancelled() -> bool:
@@ -191,17 +203,16 @@ def _is_being_cancelled() -> bool:
     return current is not None and sys.version_info >= (3, 11) and current.cancelling() > 0
 
 
-def _in_event_loop(body: Coroutine[Any, Any, tuple[bool, Any]]) -> Any:
+def _in_event_loop(body: Awaitable[Any], limit: float | None) -> Any:
+    answer = _Answer()
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        succeeded, value = asyncio.run(body)
+        asyncio.run(answer.of(body, limit))
     else:
         # The caller's own loop runs in this thread, and one loop cannot run within another.
-        succeeded, value = _in_thread(lambda: asyncio.run(body), "asyncio", None)
-    if succeeded:
-        return value
-    raise value
+        _in_thread(lambda: asyncio.run(answer.of(body, limit)), "asyncio", None)
+    return answer.get()
 
 
 def _in_thread(body: Callable[[], Any], name: str, limit: float | None) -> Any:

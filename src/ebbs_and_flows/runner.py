@@ -31,6 +31,7 @@ from ebbs_and_flows.executions import RUNNABLE_STATUSES, Failure, FlowExecution,
 from ebbs_and_flows.names import valid_name
 from ebbs_and_flows.outcomes import Failed, Outcome, Success, run_body
 from ebbs_and_flows.persistence.contexts import with_context
+from ebbs_and_flows.persistence.databases import is_lost_savepoint
 from ebbs_and_flows.service import CommitRefusedError, FlowService
 from ebbs_and_flows.steps import Recorded
 from ebbs_and_flows.tasks import Task
@@ -403,12 +404,13 @@ def _flushed(outcome: Success, session: Session, is_intact: Callable[[], bool], 
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return Failed(error)
+        if not is_lost_savepoint(error):
+            return Failed(error)
     return Failed(
         TaskResultError(
             name,
             "ended the transaction that its checkpoint belongs to, so its effects may be there without it: "
-            "leave session.connection() alone; session.commit() and session.rollback() are safe",
+            "leave that to the library; session.commit() and session.rollback() are safe",
         ),
         may_retry=False,
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.engine import URL
 
-from ebbs_and_flows.errors import DatabaseUrlError, SchemaError
+from ebbs_and_flows.errors import DatabaseUrlError, MigrationError, SchemaError
 from ebbs_and_flows.persistence.databases import create_engine_for, database_of
 from ebbs_and_flows.persistence.tables import build_tables
 
@@ -46,14 +46,15 @@ def upgrade(
 
     Raises:
         DatabaseUrlError: neither PostgreSQL nor SQLite, or a schema name that cannot be used.
+        MigrationError: there is no such revision.
     """
     with _locked(target, schema) as connection:
         if schema is not None:
             connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {_quoted(connection, schema)}"))
-        if _revision(connection, schema) != (REVISION if revision == "head" else revision):
-            from alembic import command
-
-            command.upgrade(_config(schema, connection=connection), revision)
+        found = _revision(connection, schema)
+        if revision == "head" and found is not None and (found == REVISION or _is_newer(found)):
+            return found  # a newer release has been here; its schema is one that this release can work with
+        _run("upgrade", _config(schema, connection=connection), revision)
         return _revision(connection, schema)
 
 
@@ -62,10 +63,8 @@ def downgrade(target: Engine | Connection | str | URL, revision: str, *, schema:
 
     Arguments, result and errors as for `upgrade`.
     """
-    from alembic import command
-
     with _locked(target, schema) as connection:
-        command.downgrade(_config(schema, connection=connection), revision)
+        _run("downgrade", _config(schema, connection=connection), revision)
         return _revision(connection, schema)
 
 
@@ -86,21 +85,26 @@ def check(target: Engine | Connection | str | URL, *, schema: str | None = None)
         raise SchemaError(found, REVISION)
 
 
-def sql(dialect: str, revision: str = "head", *, schema: str | None = None) -> str:
-    """The SQL that an upgrade would run, for a DBA to read and run. Needs no database.
+def sql(dialect: str, revision: str = "head", *, schema: str | None = None, downgrade: bool = False) -> str:
+    """The SQL that an upgrade (or a downgrade) would run, for a DBA to read and run. Needs no database.
 
     Args:
         dialect: `"postgresql"` or `"sqlite"`.
-        revision: where to, from an empty database, or `"from:to"`.
+        revision: where to, from an empty database, or `"from:to"`; a downgrade is from this release's revision.
         schema: a named schema (PostgreSQL only).
-    """
-    from alembic import command
+        downgrade: whether it goes back instead.
 
+    Raises:
+        MigrationError: there is no such revision.
+    """
     _check_schema_name(schema, dialect)
     buffer = io.StringIO()
     config = _config(schema, dialect=dialect)
     config.output_buffer = buffer
-    command.upgrade(config, revision, sql=True)
+    if downgrade:
+        _run("downgrade", config, revision if ":" in revision else f"{REVISION}:{revision}", sql=True)
+        return buffer.getvalue()
+    _run("upgrade", config, revision, sql=True)
     prologue = f'CREATE SCHEMA IF NOT EXISTS "{schema}";\n\n' if schema is not None else ""
     return prologue + buffer.getvalue()
 
@@ -124,7 +128,19 @@ def differences(target: Engine | Connection | str | URL, *, schema: str | None =
             connection,
             opts={"include_name": is_ours, "include_schemas": schema is not None, "version_table": VERSION_TABLE},
         )
-        return list(compare_metadata(migration, tables.metadata))
+        found = list(compare_metadata(migration, tables.metadata))
+    # Alembic before 1.18 takes the identity of a column, which SQLite does not have, for a default that is missing.
+    return [each for each in found if not (isinstance(each, list) and each[0][0] == "modify_default")]
+
+
+def _run(direction: str, config: Config, revision: str, **how: Any) -> None:
+    from alembic import command
+    from alembic.util import CommandError
+
+    try:
+        getattr(command, direction)(config, revision, **how)
+    except CommandError as error:
+        raise MigrationError(revision, str(error)) from error
 
 
 def _config(schema: str | None, **attributes: Any) -> Config:

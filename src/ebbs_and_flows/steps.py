@@ -87,6 +87,7 @@ def add_transition(
     worker: str | None = None,
     reason: str | None = None,
     delta: ContextDelta | None = None,
+    task_index: int | None = None,
 ) -> None:
     """Append a transition; by default from the execution's status, under the step number after its last."""
     work.transitions.add(
@@ -99,7 +100,7 @@ def add_transition(
             worker=worker,
             reason=reason,
         ),
-        execution.current_task_index,
+        execution.current_task_index if task_index is None else task_index,
         delta,
     )
 
@@ -125,7 +126,7 @@ def leave(
         error_type = "FlowCancelled" if status is FlowStatus.CANCELLED else "StatusChanged"
         ended = f"The execution became {status} while this attempt was running."
         work.attempts.end_open(execution.execution_id, Failure.CANCELLED, error_type, ended, at)
-    add_transition(work, execution, status, at, reason=reason, delta=delta)
+    add_transition(work, execution, status, at, reason=reason, delta=delta, task_index=task_index)
 
 
 def lose_worker(work: UnitOfWork, execution: FlowExecution, template: FlowTemplate) -> FlowStatus:

@@ -24,6 +24,15 @@ def bounded(text: str) -> str:
     return beginning + cut + text[len(beginning) + len(cut) - MAX_OUTPUT_LENGTH :]
 
 
+def one_line(text: str, width: int) -> str:
+    """The text on one line of at most `width` characters; what would steer a terminal (escapes, right-to-left marks) is
+    shown, not sent.
+    """
+    line = " ".join(printable(text)[: 4 * width].split())
+    line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
 def class_name(cls: type) -> str:
     """A class's own name, whatever its metaclass says it is."""
     return printable(type.__dict__["__name__"].__get__(cls))

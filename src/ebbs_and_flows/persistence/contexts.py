@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 
 from ebbs_and_flows.codec import dumps_entries, loads_entries
 from ebbs_and_flows.context import ContextDelta, ExecutionContext
+from ebbs_and_flows.errors import UndecodableValueError
 from ebbs_and_flows.executions import FlowExecution
 from ebbs_and_flows.persistence.statements import Statements
 
@@ -96,8 +97,16 @@ def _fold(execution: FlowExecution, deltas: Iterable[_Delta]) -> Progress:
         if delta.task_name is not None:
             completed.append(delta.task_name)
         if delta.row.entries is not None:
-            folded.append(delta_of_row(delta.row))
+            folded.append(_read(execution, delta))
     return Progress(ExecutionContext.folded(folded), tuple(completed))
+
+
+def _read(execution: FlowExecution, delta: _Delta) -> ContextDelta:
+    try:
+        return delta_of_row(delta.row)
+    except UndecodableValueError as error:
+        where = f"{error.problem} (execution {execution.execution_id}, step {delta.step})"
+        raise UndecodableValueError(error.entry, error.type_name, where) from error
 
 
 def delta_to_row(delta: ContextDelta | None) -> Mapping[str, str | None]:

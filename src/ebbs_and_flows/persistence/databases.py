@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from sqlalchemy import URL, Connection, Engine, Select, Table, Update, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.postgresql import PostgreSQL, create_postgresql_engine
@@ -22,9 +22,6 @@ class Database(Protocol):
 
     def begin_write(self, connection: Connection) -> None:
         """Begin a transaction that is going to write."""
-
-    def is_in_transaction(self, connection: Connection) -> bool:
-        """Whether the driver itself, whatever was said to it, is in a transaction."""
 
     def insert(self, table: Table) -> Any:
         """An INSERT that knows ON CONFLICT DO NOTHING."""
@@ -48,6 +45,15 @@ def database_of(engine: Engine) -> Database:
     if engine.dialect.name == "postgresql":
         return PostgreSQL()
     raise DatabaseUrlError(f"flows are kept in PostgreSQL or SQLite, not in {engine.dialect.name}")
+
+
+def is_lost_savepoint(error: BaseException) -> bool:
+    """Whether the database says that a savepoint is gone: the transaction around it was ended in plain SQL."""
+    if not isinstance(error, DBAPIError):
+        return False
+    # https://www.postgresql.org/docs/current/errcodes-appendix.html: invalid_savepoint_specification,
+    # no_active_sql_transaction. SQLite has no code of its own for it.
+    return getattr(error.orig, "sqlstate", None) in ("3B001", "25P01") or "no such savepoint" in str(error.orig)
 
 
 def create_engine_for(url: str | URL) -> Engine:

@@ -28,11 +28,6 @@ class PostgreSQL:
         if not connection.in_transaction():
             connection.begin()
 
-    def is_in_transaction(self, connection: Connection) -> bool:
-        # libpq's PQTRANS_IDLE is 0; psycopg 3 and 2 both tell (https://www.psycopg.org/psycopg3/docs/api/objects.html).
-        info = getattr(connection.connection.driver_connection, "info", None)
-        return info is None or int(info.transaction_status) != 0
-
     def insert(self, table: Table) -> Insert:
         return insert(table)
 

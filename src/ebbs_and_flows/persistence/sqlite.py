@@ -35,11 +35,8 @@ class SQLite:
         if not connection.in_transaction():
             connection.begin()
         # An engine of the host may begin transactions itself; then it is begun already, in the host's way.
-        if not self.is_in_transaction(connection):
+        if not _is_in_transaction(connection):
             connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    def is_in_transaction(self, connection: Connection) -> bool:
-        return bool(getattr(connection.connection.driver_connection, "in_transaction", False))
 
     def insert(self, table: Table) -> Insert:
         return insert(table)
@@ -47,6 +44,10 @@ class SQLite:
     def claim(self, table: Table, due: Select[Any]) -> Update:
         """An UPDATE of the rows that `due` selects; the write lock keeps others away."""
         return update(table).where(table.c.execution_id.in_(due))
+
+
+def _is_in_transaction(connection: Connection) -> bool:
+    return bool(getattr(connection.connection.driver_connection, "in_transaction", False))
 
 
 def create_sqlite_engine(url: URL) -> Engine:
@@ -57,7 +58,7 @@ def create_sqlite_engine(url: URL) -> Engine:
             f"this Python has SQLite {found}, at least {'.'.join(map(str, MINIMUM_VERSION))} is needed"
         )
     options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}, "hide_parameters": True}
-    if url.database in (None, "", ":memory:"):
+    if url.database in (None, "", ":memory:") or ":memory:" in url.database or url.query.get("mode") == "memory":
         # One connection is the database: it is lent to one thread at a time, and never closed.
         options["connect_args"]["check_same_thread"] = False
         options.update(poolclass=QueuePool, pool_size=1, max_overflow=0, pool_timeout=BUSY_TIMEOUT_SECONDS)

@@ -64,14 +64,20 @@ class UnitOfWork:
 
     def commit(self) -> None:
         """Make all that was written durable; nothing where the transaction is the caller's."""
-        if self._joined is None:
+        if self._joined is not None:
+            return
+        try:
             self.connection.commit()
+        except BaseException:
+            # SQLAlchemy takes a refused COMMIT for the end of the transaction. To SQLite it is not: the connection
+            # would go back to the pool within it, with the write lock.
+            if not (self.connection.closed or self.connection.invalidated):
+                self.connection.connection.rollback()
+            raise
 
     def is_intact(self) -> bool:
         """Whether its transaction is still the one it began, and can be committed."""
-        if self._transaction is None or not self._transaction.is_active:
-            return False
-        return self._database.is_in_transaction(self.connection)  # a COMMIT in plain SQL is seen only there
+        return self._transaction is not None and self._transaction.is_active
 
     def session(self) -> Session:
         """A Session within this transaction, for a transactional task.
