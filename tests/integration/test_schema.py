@@ -18,6 +18,7 @@ from ebbs_and_flows import (
     FlowRunner,
     FlowService,
     FlowTemplate,
+    MigrationError,
     SchemaError,
     schema,
     task,
@@ -207,3 +208,23 @@ def test_a_hosts_metadata_is_not_touched(empty_engine: Engine) -> None:
     schema.upgrade(empty_engine)
     host.reflect(empty_engine, only=lambda name, _: not name.startswith("ebbs_"))
     assert host.tables == {}
+
+
+def test_the_sql_of_a_downgrade_drops_the_tables() -> None:
+    script = schema.sql("postgresql", "base", downgrade=True)
+    assert all(f"DROP TABLE {name};" in script for name in OURS)
+    with pytest.raises(MigrationError, match="9999"):
+        schema.sql("postgresql", "9999")
+
+
+def test_a_revision_that_is_not_there_is_refused(empty_engine: Engine) -> None:
+    with pytest.raises(MigrationError, match="9999"):
+        schema.upgrade(empty_engine, "9999")
+    assert schema.current(empty_engine) is None
+
+
+def test_an_upgrade_leaves_a_newer_schema_alone(empty_engine: Engine) -> None:
+    schema.upgrade(empty_engine)
+    with empty_engine.begin() as connection:
+        connection.execute(text(f"UPDATE {schema.VERSION_TABLE} SET version_num = '0099'"))
+    assert schema.upgrade(empty_engine) == "0099"

@@ -55,6 +55,9 @@ def downgrade(
     ctx: typer.Context,
     revision: Annotated[str, typer.Argument(help='Where to; "base" removes all of it.')],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    sql: Annotated[
+        bool, typer.Option("--sql", help="Print the SQL instead, from this release's revision or from FROM:TO.")
+    ] = False,
     database_url: DatabaseUrlOption = None,
     schema: SchemaOption = None,
 ) -> None:
@@ -62,6 +65,10 @@ def downgrade(
 
     What does not fit there is lost, so it asks first.
     """
+    if sql:
+        dialect, schema = find_dialect(ctx, database_url, schema)
+        typer.echo(database_schema.sql(dialect, revision, schema=schema, downgrade=True), nl=False)
+        return
     target = find_target(ctx, database_url, schema)
     found = target.current()
     if found is None:

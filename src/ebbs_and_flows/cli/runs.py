@@ -60,7 +60,9 @@ def list_runs(
         limit=limit,
     )
     with find_target(ctx, database_url, schema).service() as service:
-        rows = [look_up(service, execution) for execution in service.find_flow_executions(criteria)]
+        rows = [
+            look_up(service, execution) for execution in service.find_flow_executions(criteria, with_contexts=as_json)
+        ]
     if as_json:
         print_json([execution_document(row.execution, task_name=row.task_name, reason=row.reason) for row in rows])
         return
