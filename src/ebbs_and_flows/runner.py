@@ -36,7 +36,7 @@ from ebbs_and_flows.service import CommitRefusedError, FlowService
 from ebbs_and_flows.steps import Recorded
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate
-from ebbs_and_flows.texts import bounded, class_name
+from ebbs_and_flows.texts import class_name
 
 logger = logging.getLogger("ebbs_and_flows")
 
@@ -262,7 +262,11 @@ class FlowRunner:
         if execution.status is not FlowStatus.RUNNING:
             raise InvalidArgumentError("execution", execution.status, "an execution that is RUNNING")
         claim = self.service.resume_by_hand(execution)
-        self._step(claim)
+        try:
+            self._step(claim)
+        except KeyboardInterrupt as interrupt:
+            self._hand_back(claim.execution, interrupt)
+            raise
         return self.service.get_flow_execution(execution.execution_id)
 
     def _run_one(self, statuses: frozenset[FlowStatus] | set[FlowStatus]) -> FlowExecution | None:
@@ -273,9 +277,13 @@ class FlowRunner:
         if claim.attempt is None:
             _log(claim, "came to rest without an attempt as %s", claim.execution.status)
             return claim.execution
-        while claim.attempt is not None:
-            claim = self._step(claim)
-        return self.service.get_flow_execution(claim.execution.execution_id)
+        try:
+            while claim.attempt is not None:
+                claim = self._step(claim)
+            return self.service.get_flow_execution(claim.execution.execution_id)
+        except KeyboardInterrupt as interrupt:
+            self._hand_back(claim.execution, interrupt)
+            raise
 
     def _step(self, claim: Claim) -> Claim:
         """Run the open attempt and write its checkpoint; the claim with the next attempt, or at rest."""
@@ -285,15 +293,11 @@ class FlowRunner:
         task = template.get_task(attempt.task_index)
         assert task is not None, "attempts are started at tasks of the template"
         _log(claim, "started")
-        try:
-            if task.is_transactional:
-                outcome, recorded = self._run_transactional(claim, template, task)
-            else:
-                outcome = run_body(task, attempt.name, claim.execution.execution_context)
-                outcome, recorded = self._record(claim, template, task, outcome)
-        except KeyboardInterrupt as interrupt:
-            self._hand_back(claim, interrupt)
-            raise
+        if task.is_transactional:
+            outcome, recorded = self._run_transactional(claim, template, task)
+        else:
+            outcome = run_body(task, attempt.name, claim.execution.execution_context)
+            outcome, recorded = self._record(claim, template, task, outcome)
         if recorded is None:
             _log(claim, "refused, the execution is no longer held here", level=logging.WARNING)
             return claim.at_rest(claim.execution)
@@ -365,21 +369,28 @@ class FlowRunner:
             lease_seconds=self._lease_seconds,
         )
 
-    def _hand_back(self, claim: Claim, interrupt: KeyboardInterrupt) -> None:
-        """Give the execution back to the database, to go on at the same task: a stop in good order is no failure."""
-        attempt = claim.attempt
-        assert attempt is not None, "only an open attempt can be handed back"
+    def _hand_back(self, claimed: FlowExecution, interrupt: KeyboardInterrupt) -> None:
+        """Give the execution back to the database, to go on at the same task: a stop in good order is no failure.
+
+        What is open is read anew: the interrupt may have come just after a checkpoint was committed.
+        """
+        execution = self.service.get_flow_execution(claimed.execution_id)
+        attempts = self.service.get_task_executions(claimed.execution_id)
+        is_held = execution.status is FlowStatus.RUNNING and execution.epoch == claimed.epoch
+        if not is_held or not attempts or attempts[-1].status is not TaskStatus.RUNNING:
+            return
+        attempt = attempts[-1]
         stopped = AttemptEnd(
             TaskStatus.FAILED,
             failure=Failure.STOPPED,
             error_type="WorkerStopped",
-            output=bounded(f"The worker was stopped by {class_name(type(interrupt))} while this attempt was running."),
+            output=f"The worker was stopped by {class_name(type(interrupt))} while this attempt was running.",
         )
         self.service.checkpoint(
             [
                 Checkpoint(
-                    claim.execution.execution_id,
-                    claim.execution.epoch,
+                    execution.execution_id,
+                    execution.epoch,
                     attempt.worker or self.worker,
                     attempt.flow_execution_step,
                     stopped,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -660,6 +661,33 @@ def test_a_deploy_that_changes_what_is_completed_parks_the_execution_with_both_l
     assert "TemplateMismatchError" in last.reason
     assert str(["a", "b"]) in last.reason
     assert str(now) in last.reason
+
+
+def test_an_interrupt_just_after_a_checkpoint_hands_back_what_follows_it(
+    service: FlowService, runner: FlowRunner, outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.register_flow_template(abc(outside))
+    execution_id = runner.schedule_flow("abc")
+    record = service.checkpoint
+
+    def interrupted(checkpoints: Any) -> Any:
+        monkeypatch.undo()
+        record(checkpoints)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(service, "checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_flow()
+    left = service.get_flow_execution(execution_id)
+    assert (left.status, left.current_task_index) == (FlowStatus.RESCHEDULED, 1)
+    assert runner.run_until_idle() == 1
+    assert outside.calls == ["a", "b", "c"]
+    assert names_and_ends(service, execution_id) == [
+        ("a", 1, "SUCCEEDED"),
+        ("b", 1, "FAILED"),
+        ("b", 2, "SUCCEEDED"),
+        ("c", 1, "SUCCEEDED"),
+    ]
 
 
 # --- recovery -----------------------------------------------------------------------------------------------------

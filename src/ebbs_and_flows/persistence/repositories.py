@@ -334,7 +334,13 @@ class Transitions:
         self._table = statements.tables.transitions
 
     def add(self, transition: FlowTransition, task_index: int, delta: ContextDelta | None = None) -> None:
-        """Append a transition; `delta` is what its caller changed in the context, at this task."""
+        """Append a transition; `delta` is what its caller changed in the context, at this task.
+
+        Every transition passes here, so this is where the table of allowed ones is held: who meets the assertion has
+        found a mistake of this library's.
+        """
+        before = transition.from_status
+        assert before is None or before.allows(transition.to_status), f"{before} -> {transition.to_status}"
         self._connection.execute(
             self._statements.insert_transition,
             {
