@@ -57,7 +57,9 @@ def upgrade() -> None:
             "status IN ('SCHEDULED', 'RESCHEDULED')",
             False,
         ),
-        ("ix_ebbs_flow_executions_lease", ["lease_expires_at"], "status = 'RUNNING'", False),
+        # Of the id, not of the lease: a lease changes with every step, and a step is to touch no index.
+        ("ix_ebbs_flow_executions_running", ["execution_id"], "status = 'RUNNING'", False),
+        ("ix_ebbs_flow_executions_retry", ["run_at"], "status = 'RESCHEDULED'", False),
         ("ix_ebbs_flow_executions_failed", ["execution_id"], "status = 'FAILED'", False),
         ("uq_ebbs_flow_executions_idempotency_key", ["idempotency_key"], "idempotency_key IS NOT NULL", True),
     ):
@@ -76,7 +78,9 @@ def upgrade() -> None:
         sa.Column(
             "flow_execution_id",
             Id,
-            sa.ForeignKey(f"{executions}.execution_id", ondelete="CASCADE"),
+            sa.ForeignKey(
+                f"{executions}.execution_id", ondelete="CASCADE", name="fk_ebbs_task_executions_flow_execution_id"
+            ),
             primary_key=True,
             autoincrement=False,
         ),
@@ -105,7 +109,9 @@ def upgrade() -> None:
         sa.Column(
             "flow_execution_id",
             Id,
-            sa.ForeignKey(f"{executions}.execution_id", ondelete="CASCADE"),
+            sa.ForeignKey(
+                f"{executions}.execution_id", ondelete="CASCADE", name="fk_ebbs_flow_transitions_flow_execution_id"
+            ),
             primary_key=True,
             autoincrement=False,
         ),

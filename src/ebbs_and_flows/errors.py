@@ -7,10 +7,15 @@ was found, what was expected and what to do next.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class EbbsError(Exception):
     """The root of all errors of this library: `except EbbsError` catches each of them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made of its message and attributes, not of its arguments: it travels between processes as it is.
+        return _restored, (type(self), self.args, self.__dict__)
 
     def __str__(self) -> str:
         # KeyError shows its argument's repr; a message is to be read as it was written.
@@ -101,6 +106,7 @@ class InvalidEntryError(EbbsError, ValueError):
     def __init__(self, name: str, expected: object, problem: str) -> None:
         self.name = name
         self.expected = expected
+        self.problem = problem
         super().__init__(f"entry {name!r} is not a valid {_type_name(expected)}: {problem}")
 
 
@@ -254,6 +260,7 @@ class TaskResultError(EbbsError, TypeError):
 
     def __init__(self, task_name: str, problem: str) -> None:
         self.task_name = task_name
+        self.problem = problem
         super().__init__(f"task {task_name!r} {problem}")
 
 
@@ -353,6 +360,13 @@ class MigrationError(EbbsError, ValueError):
 
 class DatabaseUrlError(EbbsError, ValueError):
     """A database URL or engine that cannot be used."""
+
+
+def _restored(cls: type[EbbsError], args: tuple[Any, ...], attributes: dict[str, Any]) -> EbbsError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 def _shown(value: object) -> str:

@@ -109,11 +109,21 @@ def run_body(task: Task, name: str, context: ExecutionContext, session: Session 
 
 def format_failure(exception: BaseException) -> str:
     """The traceback as Python prints it, however hostile the exception is; from the task's own code on."""
+    frames = _from_the_task_on(exception.__traceback__)
     try:
-        frames = _from_the_task_on(exception.__traceback__)
         return printable("".join(traceback.format_exception(type(exception), exception, frames)))
     except BaseException as error:
-        return f"{class_name(type(exception))} (its traceback cannot be printed: {class_name(type(error))})"
+        # Code of the exception's class; or CPython 3.11, which after a RecursionError may fail to parse the lines that
+        # it underlines (https://github.com/python/cpython/issues/106905).
+        reason = class_name(type(error))
+    return f"{_plain_frames(frames)}{class_name(type(exception))} (it cannot be printed: {reason})"
+
+
+def _plain_frames(frames: TracebackType | None) -> str:
+    places = "".join(
+        f'  File "{each.filename}", line {each.lineno}, in {each.name}\n' for each in traceback.extract_tb(frames)[-50:]
+    )
+    return printable(f"Traceback (most recent call last):\n{places}")
 
 
 def _from_the_task_on(frames: TracebackType | None) -> TracebackType | None:

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from ebbs_and_flows.arguments import as_context, runnable_status, valid_lease_seconds
@@ -31,14 +32,16 @@ from ebbs_and_flows.executions import RUNNABLE_STATUSES, Failure, FlowExecution,
 from ebbs_and_flows.names import valid_name
 from ebbs_and_flows.outcomes import Failed, Outcome, Success, run_body
 from ebbs_and_flows.persistence.contexts import with_context
-from ebbs_and_flows.persistence.databases import is_lost_savepoint
+from ebbs_and_flows.persistence.databases import is_lost_savepoint, is_refusal
 from ebbs_and_flows.service import CommitRefusedError, FlowService
 from ebbs_and_flows.steps import Recorded
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate
-from ebbs_and_flows.texts import class_name
 
 logger = logging.getLogger("ebbs_and_flows")
+
+OUTAGE_WAITS_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0)
+"""The waits between tries to write a checkpoint: some 20 seconds in all, for a server that restarts or fails over."""
 
 LONGEST_SLEEP_SECONDS = 1.0
 """How long `run_until_idle` sleeps at most before it looks again: another process may have scheduled something."""
@@ -62,13 +65,18 @@ class FlowRunner:
         if not isinstance(service, FlowService):
             raise InvalidArgumentError("service", service, "a FlowService")
         self.service = service
-        self.worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._thread = _ThreadState()
         self._lease_seconds = valid_lease_seconds(lease_seconds)
         self._sleep = sleep
         self._templates: dict[str, FlowTemplate] = {}
 
     def __repr__(self) -> str:
         return f"<FlowRunner {self.worker} on {self.service!r}: {', '.join(self._templates) or 'no templates'}>"
+
+    @property
+    def worker(self) -> str:
+        """The name under which this thread of this process holds executions: host, process and a random part."""
+        return self._thread.worker()
 
     # --- templates ----------------------------------------------------------------------------------------------------
 
@@ -205,7 +213,7 @@ class FlowRunner:
             if self._run_one(RUNNABLE_STATUSES) is not None:
                 runs += 1
                 continue
-            seconds = self.service.seconds_until_due(FlowStatus.RESCHEDULED, self._templates)
+            seconds = self.service.seconds_until_retry(self._templates)
             if seconds is None:
                 return runs
             self._sleep(min(max(seconds, 0.01), LONGEST_SLEEP_SECONDS))
@@ -252,8 +260,10 @@ class FlowRunner:
 
         Raises:
             InvalidArgumentError: `task` is not the current task, or the execution is not RUNNING.
-            LeaseLostError: the execution has moved since it was read.
+            LeaseLostError: the execution has moved since it was read, or another worker holds it.
         """
+        if not isinstance(execution, FlowExecution):
+            raise InvalidArgumentError("execution", execution, "a FlowExecution")
         current = self.get_current_task(execution)
         if current is None or task is not current:
             raise InvalidArgumentError(
@@ -261,29 +271,38 @@ class FlowRunner:
             )
         if execution.status is not FlowStatus.RUNNING:
             raise InvalidArgumentError("execution", execution.status, "an execution that is RUNNING")
-        claim = self.service.resume_by_hand(execution)
+        name = self.get_flow_template(execution.template_name).task_names[execution.current_task_index]
+        claim = self.service.resume_by_hand(execution, name, self.worker, self._lease_seconds)
         try:
             self._step(claim)
-        except KeyboardInterrupt as interrupt:
-            self._hand_back(claim.execution, interrupt)
+        except KeyboardInterrupt:
+            self._hand_back(claim.execution)
             raise
         return self.service.get_flow_execution(execution.execution_id)
 
     def _run_one(self, statuses: frozenset[FlowStatus] | set[FlowStatus]) -> FlowExecution | None:
-        claims = self.service.claim(self._templates, statuses, self.worker, lease_seconds=self._lease_seconds)
-        return self._run_to_rest(claims[0]) if claims else None
+        try:
+            claims = self.service.claim(self._templates, statuses, self.worker, lease_seconds=self._lease_seconds)
+            return self._run_to_rest(claims[0]) if claims else None
+        except BaseException:
+            self._hand_back_strays()
+            raise
 
     def _run_to_rest(self, claim: Claim) -> FlowExecution:
         if claim.attempt is None:
             _log(claim, "came to rest without an attempt as %s", claim.execution.status)
             return claim.execution
+        held = claim.execution
+        self._thread.holds.add(held.execution_id)
         try:
             while claim.attempt is not None:
                 claim = self._step(claim)
-            return self.service.get_flow_execution(claim.execution.execution_id)
-        except KeyboardInterrupt as interrupt:
-            self._hand_back(claim.execution, interrupt)
+            return self.service.get_flow_execution(held.execution_id)
+        except KeyboardInterrupt:
+            self._hand_back(held)
             raise
+        finally:
+            self._thread.holds.discard(held.execution_id)
 
     def _step(self, claim: Claim) -> Claim:
         """Run the open attempt and write its checkpoint; the claim with the next attempt, or at rest."""
@@ -330,26 +349,55 @@ class FlowRunner:
         except CommitRefusedError as refused:
             return self._record(claim, template, task, Failed(refused.error))
         except DBAPIError as error:
-            return self._record_unrecordable(claim, template, task, outcome, error)
+            return self._after_lost_transaction(claim, template, task, outcome, error)
         assert outcome is not None, "the body has run"
         return outcome, recorded
+
+    def _after_lost_transaction(
+        self, claim: Claim, template: FlowTemplate, task: Task, outcome: Outcome | None, error: DBAPIError
+    ) -> tuple[Outcome, Recorded | None]:
+        """The database failed while a transactional task's checkpoint was written: find out what is there."""
+        if isinstance(outcome, Success) and error.connection_invalidated:
+            committed = self._read_back(self._checkpoint(claim, template, task, outcome))
+            if committed is not None:
+                return outcome, committed
+        # The effects are rolled back, so the attempt has failed, and another one may do better.
+        return self._record(claim, template, task, Failed(error, may_retry=not is_refusal(error)))
+
+    def _read_back(self, checkpoint: Checkpoint) -> Recorded | None:
+        for seconds in OUTAGE_WAITS_SECONDS:
+            try:
+                return self.service.outcome_of(checkpoint)
+            except DBAPIError:
+                self._sleep(seconds)
+        return self.service.outcome_of(checkpoint)
 
     def _record(
         self, claim: Claim, template: FlowTemplate, task: Task, outcome: Outcome
     ) -> tuple[Outcome, Recorded | None]:
         """Write the checkpoint; where the database refuses what the task returned, write that instead."""
         try:
-            return outcome, self.service.checkpoint([self._checkpoint(claim, template, task, outcome)])[0]
+            return outcome, self._written(self._checkpoint(claim, template, task, outcome))
         except DBAPIError as error:
-            return self._record_unrecordable(claim, template, task, outcome, error)
+            if isinstance(outcome, Failed) or not is_refusal(error):
+                raise
+            outcome = Failed(error, may_retry=False, note="The database refused to store what the task returned.")
+            return outcome, self._written(self._checkpoint(claim, template, task, outcome))
 
-    def _record_unrecordable(
-        self, claim: Claim, template: FlowTemplate, task: Task, outcome: Outcome | None, error: DBAPIError
-    ) -> tuple[Outcome, Recorded | None]:
-        if not isinstance(outcome, Success) or error.connection_invalidated:
-            raise error
-        refused = Failed(error, may_retry=False, note="The database refused to store what the task returned.")
-        return refused, self.service.checkpoint([self._checkpoint(claim, template, task, refused)])[0]
+    def _written(self, checkpoint: Checkpoint) -> Recorded | None:
+        """Write a checkpoint, over outages and lock time-outs of some seconds: the task is done, and is not to be lost.
+
+        A commit whose answer was lost is read back, not repeated blindly.
+        """
+        for seconds in OUTAGE_WAITS_SECONDS:
+            try:
+                return self.service.checkpoint([checkpoint])[0] or self.service.outcome_of(checkpoint)
+            except DBAPIError as error:
+                if is_refusal(error):
+                    raise
+                logger.warning("execution %s: checkpoint not written yet: %s", checkpoint.execution_id, error.orig)
+                self._sleep(seconds)
+        return self.service.checkpoint([checkpoint])[0] or self.service.outcome_of(checkpoint)
 
     def _checkpoint(self, claim: Claim, template: FlowTemplate, task: Task, outcome: Outcome) -> Checkpoint:
         attempt = claim.attempt
@@ -369,36 +417,65 @@ class FlowRunner:
             lease_seconds=self._lease_seconds,
         )
 
-    def _hand_back(self, claimed: FlowExecution, interrupt: KeyboardInterrupt) -> None:
+    def _hand_back_strays(self) -> None:
+        """Hand back what this thread holds and does not run: a claim that was committed, but cut off before it ran."""
+        try:
+            strays = [each for each in self.service.held_by(self.worker) if each.execution_id not in self._thread.holds]
+        except SQLAlchemyError:  # what led here is raised on, and is the better message
+            return
+        for stray in strays:
+            self._hand_back(stray)
+
+    def _hand_back(self, held: FlowExecution) -> None:
         """Give the execution back to the database, to go on at the same task: a stop in good order is no failure.
 
-        What is open is read anew: the interrupt may have come just after a checkpoint was committed.
+        What is open is read anew: the interrupt may have come just after a checkpoint was committed. Where the database
+        does not answer, the execution is left as a crash would leave it.
         """
-        execution = self.service.get_flow_execution(claimed.execution_id)
-        attempts = self.service.get_task_executions(claimed.execution_id)
-        is_held = execution.status is FlowStatus.RUNNING and execution.epoch == claimed.epoch
-        if not is_held or not attempts or attempts[-1].status is not TaskStatus.RUNNING:
-            return
-        attempt = attempts[-1]
-        stopped = AttemptEnd(
-            TaskStatus.FAILED,
-            failure=Failure.STOPPED,
-            error_type="WorkerStopped",
-            output=f"The worker was stopped by {class_name(type(interrupt))} while this attempt was running.",
-        )
-        self.service.checkpoint(
-            [
-                Checkpoint(
-                    execution.execution_id,
-                    execution.epoch,
-                    attempt.worker or self.worker,
-                    attempt.flow_execution_step,
-                    stopped,
-                    Rest(FlowStatus.RESCHEDULED, attempt.task_index, reason="the worker was stopped"),
-                    self._lease_seconds,
-                )
-            ]
-        )
+        try:
+            execution = self.service.get_flow_execution(held.execution_id)
+            attempts = self.service.get_task_executions(held.execution_id)
+            is_held = execution.status is FlowStatus.RUNNING and execution.epoch == held.epoch
+            if not is_held or not attempts or attempts[-1].status is not TaskStatus.RUNNING:
+                return
+            attempt = attempts[-1]
+            stopped = AttemptEnd(
+                TaskStatus.FAILED,
+                failure=Failure.STOPPED,
+                error_type="WorkerStopped",
+                output="The worker was stopped while this attempt was running.",
+            )
+            self.service.checkpoint(
+                [
+                    Checkpoint(
+                        execution.execution_id,
+                        execution.epoch,
+                        attempt.worker or self.worker,
+                        attempt.flow_execution_step,
+                        stopped,
+                        Rest(FlowStatus.RESCHEDULED, attempt.task_index, reason="the worker was stopped"),
+                        self._lease_seconds,
+                    )
+                ]
+            )
+        except SQLAlchemyError as error:
+            logger.warning("execution %s could not be handed back: %s", held.execution_id, error)
+
+
+class _ThreadState(threading.local):
+    """What one thread of one process holds; after a fork the child has a name of its own."""
+
+    def __init__(self) -> None:
+        self.holds: set[int] = set()
+        self._process = 0
+        self._worker = ""
+
+    def worker(self) -> str:
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._worker = f"{socket.gethostname()}:{self._process}:{secrets.token_hex(4)}"
+            self.holds = set()
+        return self._worker
 
 
 class _RollBackError(Exception):

@@ -27,7 +27,7 @@ from ebbs_and_flows.arguments import (
     valid_status,
     way_out,
 )
-from ebbs_and_flows.checkpoints import AttemptEnd, Checkpoint, Claim, NextAttempt
+from ebbs_and_flows.checkpoints import NO_CHANGE, AttemptEnd, Checkpoint, Claim
 from ebbs_and_flows.context import ContextDelta, ExecutionContext
 from ebbs_and_flows.errors import (
     InvalidArgumentError,
@@ -55,6 +55,9 @@ from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
 from ebbs_and_flows.steps import Recorded
 from ebbs_and_flows.templates import FlowTemplate
 from ebbs_and_flows.texts import bounded, printable
+
+BY_HAND = "by hand"
+"""The owner of a lease that somebody took with `update_flow_status`, without a worker's name."""
 
 
 class CommitRefusedError(Exception):
@@ -126,8 +129,9 @@ class FlowService:
         new = NewExecution(valid_name("template", template_name), FlowStatus.CREATED, 1)
         with self._work() as work:
             execution_id = steps.add(work, new, delta)
+            created = steps.current(work, execution_id)
             work.commit()
-        return self.get_flow_execution(execution_id)
+        return created
 
     def schedule(
         self,
@@ -186,7 +190,9 @@ class FlowService:
             return work.contexts.with_contexts([steps.existing(work, execution_id)])[0]
 
     def get_runnable_flow(self, status: FlowStatus = FlowStatus.SCHEDULED) -> FlowExecution | None:
-        """The execution that would be claimed next from this status; `None` if none is due. Claims nothing.
+        """The execution, of whatever template, that is next to be claimed from this status; `None` if none is due.
+
+        Claims nothing.
 
         Raises:
             InvalidArgumentError: a status other than SCHEDULED or RESCHEDULED.
@@ -256,14 +262,19 @@ class FlowService:
             execution = steps.existing(work, execution_id)
             return work.transitions.of(execution.execution_id)
 
-    def seconds_until_due(self, status: FlowStatus, templates: Collection[str]) -> float | None:
-        """How long until the next execution of these templates in this status is due, by the database's clock.
+    def seconds_until_retry(self, templates: Collection[str]) -> float | None:
+        """How long until the next RESCHEDULED execution of these templates is due, by the database's clock.
 
         Returns:
             Seconds, 0.0 if one is due now; `None` where there is none at all.
         """
         with self._work(writes=False) as work:
-            return work.executions.seconds_until_due(runnable_status(status), templates)
+            return work.executions.seconds_until_retry(templates)
+
+    def held_by(self, worker: str) -> list[FlowExecution]:
+        """The executions that are RUNNING under this worker's name, without their contexts."""
+        with self._work(writes=False) as work:
+            return work.executions.held_by(worker)
 
     # --- change a status ----------------------------------------------------------------------------------------------
 
@@ -305,17 +316,16 @@ class FlowService:
             if replacement is not None:
                 delta = replacement.delta_from(work.contexts.progress([execution])[execution.execution_id].context)
             if status is FlowStatus.RUNNING:
-                claimed = work.executions.claim_one(
-                    execution.execution_id, worker or "by hand", lease_seconds, numbers=1
-                )
+                claimed = work.executions.claim_one(execution.execution_id, worker or BY_HAND, lease_seconds, numbers=1)
                 assert claimed is not None, "the row is locked and its status allows it"
                 steps.add_transition(
                     work, execution, status, claimed.updated_at, worker=worker, reason=reason, delta=delta
                 )
             else:
                 steps.leave(work, execution, status, reason=reason, delta=delta)
+            moved = steps.current(work, execution_id)
             work.commit()
-        return self.get_flow_execution(execution_id)
+        return moved
 
     def cancel(self, execution_id: int, reason: str | None = None) -> FlowExecution:
         """Cancel an execution that is not final. Once this has returned, no task of it starts any more. Commits.
@@ -352,8 +362,9 @@ class FlowService:
                 task_index = steps.index_reached(work, execution, valid_name("task", from_task))
                 reason = reason or f"from task {from_task!r}"
             steps.leave(work, execution, FlowStatus.RESCHEDULED, reason=reason, task_index=task_index)
+            rescheduled = steps.current(work, execution_id)
             work.commit()
-        return self.get_flow_execution(execution_id)
+        return rescheduled
 
     # --- attempts by hand ---------------------------------------------------------------------------------------------
 
@@ -361,17 +372,23 @@ class FlowService:
         """Let `create_task_execution` know the names of this template's tasks."""
         self._templates[template.name] = template
 
-    def create_task_execution(self, execution: FlowExecution, name: str | None = None) -> TaskExecution:
+    def create_task_execution(
+        self, execution: FlowExecution, name: str | None = None, *, lease_seconds: float = 30.0
+    ) -> TaskExecution:
         """Record the start of an attempt at the current task of an execution that is RUNNING. Commits.
 
         Args:
             execution: as it was read; if another worker has claimed it since, the write is refused.
             name: the task's name; default as in the template of a runner on this service, else `task-<index>`.
+            lease_seconds: for how long the execution is held from now on.
 
         Raises:
+            TransitionError: an attempt is open already; end it first with `update_task_execution`.
             LeaseLostError: the execution is no longer RUNNING under the epoch and at the step that `execution` shows.
             UnknownExecutionError: there is no such execution.
         """
+        _check_record("execution", execution, FlowExecution)
+        lease_seconds = valid_lease_seconds(lease_seconds)
         with self._work() as work:
             found = steps.existing(work, execution.execution_id, lock=True)
             if (
@@ -383,8 +400,15 @@ class FlowService:
             task_name = valid_name("task", name) if name is not None else self._task_name(found)
             counts = work.attempts.counts([found.execution_id])[found.execution_id]
             attempt = counts[task_name].started + 1 if task_name in counts else 1
-            checkpoint = _by_hand(found, AttemptEnd(TaskStatus.SUCCEEDED), NextAttempt(0, task_name, attempt))
-            moved = work.executions.advance(checkpoint, NextAttempt(found.current_task_index, task_name, attempt))
+            if any(each.status is TaskStatus.RUNNING for each in work.attempts.of(found.execution_id)):
+                raise TransitionError(found.execution_id, found.status, "RUNNING with another attempt", "one is open")
+            moved = work.executions.advance(
+                found.execution_id,
+                epoch=found.epoch,
+                step=found.execution_step,
+                task_index=found.current_task_index,
+                lease_seconds=lease_seconds,
+            )
             assert moved is not None, "the row is locked"
             started = work.attempts.start(
                 found, found.execution_step + 1, found.current_task_index, task_name, attempt, moved[0]
@@ -411,6 +435,7 @@ class FlowService:
             TransitionError: the attempt has ended already, or its execution is not RUNNING.
             UnknownExecutionError: there is no such execution or attempt.
         """
+        _check_record("task_execution", task_execution, TaskExecution)
         if task_execution.flow_execution_id != valid_id(execution_id):
             raise InvalidArgumentError("task_execution", task_execution, f"an attempt of execution {execution_id}")
         succeeded = task_execution.status is TaskStatus.SUCCEEDED
@@ -429,7 +454,7 @@ class FlowService:
                 raise TransitionError(
                     execution_id, execution.status, task_execution.status, f"its attempt is {found.status}"
                 )
-            delta = ContextDelta({}, ())
+            delta = NO_CHANGE
             if returned is not None and succeeded:
                 delta = returned.delta_from(work.contexts.progress([execution])[execution.execution_id].context)
             end = AttemptEnd(
@@ -439,17 +464,20 @@ class FlowService:
                 None if succeeded else printable(task_execution.error_type or "")[:MAX_NAME_LENGTH] or None,
                 None if succeeded else bounded(task_execution.output or "") or None,
             )
-            at = work.executions.touch(execution, execution.current_task_index + (1 if succeeded else 0))
+            at = work.executions.touch(execution, found.task_index + (1 if succeeded else 0))
             work.attempts.end(execution.execution_id, found.flow_execution_step, end, at)
+            ended = {each.flow_execution_step: each for each in work.attempts.of(execution.execution_id)}
             work.commit()
-        return next(
-            each
-            for each in self.get_task_executions(execution_id)
-            if each.flow_execution_step == found.flow_execution_step
-        )
+        return ended[found.flow_execution_step]
 
-    def resume_by_hand(self, execution: FlowExecution) -> Claim:
+    def resume_by_hand(self, execution: FlowExecution, name: str, worker: str, lease_seconds: float) -> Claim:
         """The claim of an execution that somebody drives by hand: with its open attempt, which is started if need be.
+
+        Args:
+            execution: as it was read.
+            name: its current task's name.
+            worker: who drives it; an execution that another worker has claimed is left to that one.
+            lease_seconds: for how long the execution is held from now on.
 
         Raises:
             LeaseLostError: the execution is no longer RUNNING under the epoch and at the step that `execution` shows.
@@ -457,8 +485,8 @@ class FlowService:
         attempts = self.get_task_executions(execution.execution_id)
         attempt = attempts[-1] if attempts and attempts[-1].status is TaskStatus.RUNNING else None
         if attempt is None:
-            attempt = self.create_task_execution(execution)
-        elif attempt.flow_execution_step != execution.execution_step:
+            attempt = self.create_task_execution(execution, name, lease_seconds=lease_seconds)
+        elif attempt.flow_execution_step != execution.execution_step or execution.lease_owner not in (worker, BY_HAND):
             raise LeaseLostError(execution.execution_id, execution.epoch)
         with self._work(writes=False) as work:
             found = work.contexts.with_contexts([steps.existing(work, execution.execution_id)])[0]
@@ -508,6 +536,23 @@ class FlowService:
             work.commit()
         return recorded
 
+    def outcome_of(self, checkpoint: Checkpoint) -> Recorded | None:
+        """What came of a checkpoint whose commit went unanswered, read back; `None` where it was not committed.
+
+        Only who holds the execution under the checkpoint's epoch can have ended its attempt without ending that hold,
+        so an ended attempt under the same epoch is this checkpoint's doing.
+        """
+        with self._work(writes=False) as work:
+            execution = steps.existing(work, checkpoint.execution_id)
+            attempts = {each.flow_execution_step: each for each in work.attempts.of(checkpoint.execution_id)}
+        ended = attempts.get(checkpoint.step)
+        if execution.epoch != checkpoint.epoch or ended is None or ended.status is not checkpoint.end.status:
+            return None
+        if ended.failure is not checkpoint.end.failure:
+            return None
+        at = ended.finished_at or execution.updated_at
+        return Recorded(at, attempts.get(checkpoint.step + 1), execution.lease_expires_at)
+
     def run_in_transaction(self, body: Callable[[Session, Callable[[], bool]], Checkpoint]) -> Recorded | None:
         """Run a body whose effects and checkpoint commit together. What it raises rolls both back and is raised on.
 
@@ -554,7 +599,7 @@ class FlowService:
                 raise TransitionError(execution.execution_id, execution.status, "recovered", way_out(execution.status))
             verdict = steps.lose_worker(work, execution, templates[execution.template_name])
             if verdict is FlowStatus.FAILED:
-                claim = Claim(work.contexts.with_contexts([steps.existing(work, execution_id)])[0], None)
+                claim = Claim(steps.current(work, execution_id), None)
             else:
                 claimed = work.executions.claim_one(execution.execution_id, worker, lease_seconds)
                 assert claimed is not None, "the row is locked and RESCHEDULED"
@@ -585,13 +630,6 @@ def initial_delta(context: ExecutionContext | Mapping[str, Any] | None) -> Conte
     return as_context({} if context is None else context).delta_from(NO_CONTEXT)
 
 
-def _by_hand(execution: FlowExecution, end: AttemptEnd, then: NextAttempt) -> Checkpoint:
-    return Checkpoint(
-        execution.execution_id,
-        execution.epoch,
-        execution.lease_owner or "",
-        execution.execution_step,
-        end,
-        then,
-        lease_seconds=30.0,
-    )
+def _check_record(argument: str, value: object, kind: type[FlowExecution] | type[TaskExecution]) -> None:
+    if not isinstance(value, kind):
+        raise InvalidArgumentError(argument, value, f"a {kind.__name__}")

@@ -11,7 +11,7 @@ from datetime import datetime
 from ebbs_and_flows.arguments import valid_id
 from ebbs_and_flows.checkpoints import Checkpoint, Claim, NextAttempt
 from ebbs_and_flows.context import ContextDelta
-from ebbs_and_flows.errors import TemplateError, TemplateMismatchError, UnknownExecutionError
+from ebbs_and_flows.errors import InvalidArgumentError, TemplateError, TemplateMismatchError, UnknownExecutionError
 from ebbs_and_flows.executions import (
     Failure,
     FlowExecution,
@@ -43,16 +43,23 @@ def existing(work: UnitOfWork, execution_id: int, *, lock: bool = False) -> Flow
     return execution
 
 
+def current(work: UnitOfWork, execution_id: int) -> FlowExecution:
+    """The execution as this transaction sees it, with its context."""
+    return work.contexts.with_contexts([existing(work, execution_id)])[0]
+
+
 def add(work: UnitOfWork, new: NewExecution, delta: ContextDelta) -> int:
     """Write a new execution with its first transitions; its id, or that of the one that has its idempotency key."""
-    while True:
-        added = work.executions.add(new)
-        if added is not None:
-            break
+    added = work.executions.add(new)
+    if added is None:
         assert new.idempotency_key is not None, "nothing else can conflict"
         holder = work.executions.id_of_key(new.idempotency_key)
         if holder is not None:
             return holder
+        # The one that had the key was deleted in between, or is none that this transaction may see.
+        added = work.executions.add(new)
+        if added is None:
+            raise InvalidArgumentError("idempotency_key", new.idempotency_key, "a key whose execution can be read here")
     execution_id, at = added
     created = FlowTransition(
         flow_execution_id=execution_id,
@@ -212,11 +219,18 @@ def record(work: UnitOfWork, checkpoint: Checkpoint) -> Recorded | None:
     """Write one checkpoint; the fence comes first, so that a refused one writes nothing."""
     then = checkpoint.then
     if isinstance(then, NextAttempt):
-        advanced = work.executions.advance(checkpoint, then)
+        advanced = work.executions.advance(
+            checkpoint.execution_id,
+            epoch=checkpoint.epoch,
+            step=checkpoint.step,
+            task_index=then.task_index,
+            lease_seconds=checkpoint.lease_seconds,
+        )
         if advanced is None:
             return None
         at, lease_expires_at = advanced
-        work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, at)
+        ended = work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, at)
+        assert ended, "the execution stands at this attempt's step, so the attempt is open"
         attempt = TaskExecution(
             flow_execution_id=checkpoint.execution_id,
             flow_execution_step=checkpoint.step + 1,
@@ -232,7 +246,8 @@ def record(work: UnitOfWork, checkpoint: Checkpoint) -> Recorded | None:
     rested_at = work.executions.rest(checkpoint, then)
     if rested_at is None:
         return None
-    work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, rested_at)
+    ended = work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, rested_at)
+    assert ended, "the execution stands at this attempt's step, so the attempt is open"
     work.transitions.add(
         FlowTransition(
             flow_execution_id=checkpoint.execution_id,

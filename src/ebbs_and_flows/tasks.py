@@ -104,7 +104,8 @@ class TransactionalTask(Task):
 
     The session belongs to a transaction that the library begins and ends. `session.commit()` and `session.rollback()`
     in the task act on a savepoint within it. What the task does outside that session (mails, HTTP calls) is at least
-    once.
+    once. To schedule a flow from it, pass `session=session`: on SQLite another connection would wait for this very
+    transaction to end.
     """
 
     @abstractmethod

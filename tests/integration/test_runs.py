@@ -8,7 +8,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy.exc import OperationalError
 
 from ebbs_and_flows import (
     ExecutionContext,
@@ -690,6 +691,133 @@ def test_an_interrupt_just_after_a_checkpoint_hands_back_what_follows_it(
     ]
 
 
+def test_an_interrupt_just_after_a_claim_hands_the_execution_back(
+    service: FlowService, runner: FlowRunner, outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.register_flow_template(abc(outside))
+    execution_id = runner.schedule_flow("abc")
+    claim = service.claim
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.undo()
+        claim(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(service, "claim", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_flow()
+    assert service.get_flow_execution(execution_id).status is FlowStatus.RESCHEDULED
+    assert runner.run_until_idle() == 1
+    assert outside.calls == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_commit_whose_answer_is_lost_is_read_back_and_written_once(
+    service: FlowService, outside: Outside, monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    waits: list[float] = []
+    runner = FlowRunner(service, sleep=waits.append)
+    runner.register_flow_template(abc(outside))
+    execution_id = runner.schedule_flow("abc")
+    record = service.checkpoint
+
+    def cut_off(checkpoints: Any) -> Any:
+        monkeypatch.undo()
+        if committed:
+            record(checkpoints)
+        raise OperationalError("COMMIT", {}, Exception("server closed the connection"), connection_invalidated=True)
+
+    monkeypatch.setattr(service, "checkpoint", cut_off)
+    done = runner.run_flow()
+    assert done is not None
+    assert done.status is FlowStatus.SUCCEEDED
+    assert outside.calls == ["a", "b", "c"]
+    assert len(waits) == 1
+    assert names_and_ends(service, execution_id) == [(name, 1, "SUCCEEDED") for name in "abc"]
+
+
+def test_a_checkpoint_outlasts_connections_that_the_server_drops(
+    service: FlowService, runner: FlowRunner, outside: Outside, database: str
+) -> None:
+    @task
+    def drop_connections() -> None:
+        if database == "postgresql":
+            admin = create_engine(service.engine.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+            with admin.connect() as connection:
+                connection.execute(
+                    text(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                    )
+                )
+        else:
+            service.engine.dispose()
+
+    runner.register_flow_template(FlowTemplate("t", [drop_connections, Step(outside, "next")]))
+    runner.schedule_flow("t")
+    done = runner.run_flow()
+    assert done is not None
+    assert done.status is FlowStatus.SUCCEEDED
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_checkpoint_waits_for_another_writer(service: FlowService, database_url: str, outside: Outside) -> None:
+    impatient = create_engine(database_url, connect_args={"timeout": 0.05})
+    other_writer = service.engine.connect()
+
+    def release(_: float) -> None:
+        other_writer.rollback()
+
+    runner = FlowRunner(FlowService(impatient), sleep=release)
+
+    @task(outputs="result")
+    def lock() -> str:
+        other_writer.exec_driver_sql("BEGIN IMMEDIATE")
+        return "done while another one writes"
+
+    runner.register_flow_template(FlowTemplate("t", [lock]))
+    runner.schedule_flow("t")
+    done = runner.run_flow()
+    other_writer.close()
+    impatient.dispose()
+    assert done is not None
+    assert done.status is FlowStatus.SUCCEEDED
+    assert done.execution_context["result"] == "done while another one writes"
+
+
+def test_a_task_that_another_worker_is_running_is_not_run_by_hand(
+    service: FlowService, runner: FlowRunner, outside: Outside
+) -> None:
+    other = FlowRunner(service)
+    refused: list[LeaseLostError] = []
+
+    @task
+    def only_once() -> None:
+        outside.call("only_once")
+        execution = service.find_flow_executions()[0]
+        with pytest.raises(LeaseLostError) as caught:
+            other.run_task(execution, only_once)
+        refused.append(caught.value)
+
+    for each in (runner, other):
+        each.register_flow_template(FlowTemplate("t", [only_once]))
+    runner.schedule_flow("t")
+    done = runner.run_flow()
+    assert done is not None
+    assert done.status is FlowStatus.SUCCEEDED
+    assert outside.calls == ["only_once"]
+    assert len(refused) == 1
+
+
+def test_only_one_attempt_is_open_at_a_time(service: FlowService, runner: FlowRunner, outside: Outside) -> None:
+    runner.register_flow_template(abc(outside))
+    execution_id = runner.schedule_flow("abc")
+    service.update_flow_status(execution_id, FlowStatus.RUNNING)
+    service.create_task_execution(service.get_flow_execution(execution_id))
+    with pytest.raises(TransitionError, match="one is open"):
+        service.create_task_execution(service.get_flow_execution(execution_id))
+
+
 # --- recovery -----------------------------------------------------------------------------------------------------
 
 
@@ -698,7 +826,7 @@ def leave_running(service: FlowService, outside: Outside, policy: RetryPolicy | 
     runner = FlowRunner(service)
     runner.register_flow_template(abc(outside, retry_b=policy))
     execution_id = runner.schedule_flow("abc")
-    claims = service.claim(runner.templates, {FlowStatus.SCHEDULED}, "dead worker", lease_seconds=1000)
+    claims = service.claim(runner.templates, {FlowStatus.SCHEDULED}, runner.worker, lease_seconds=1000)
     execution = runner.run_task(claims[0].execution, runner.get_flow_template("abc").tasks[0])
     assert execution.status is FlowStatus.RUNNING
     return execution_id

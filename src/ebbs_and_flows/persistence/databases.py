@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from sqlalchemy import URL, Connection, Engine, Select, Table, Update, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.postgresql import PostgreSQL, create_postgresql_engine
@@ -45,6 +45,21 @@ def database_of(engine: Engine) -> Database:
     if engine.dialect.name == "postgresql":
         return PostgreSQL()
     raise DatabaseUrlError(f"flows are kept in PostgreSQL or SQLite, not in {engine.dialect.name}")
+
+
+def is_refusal(error: DBAPIError) -> bool:
+    """Whether the database will never store this: the value, not the moment, is wrong.
+
+    By SQLSTATE on PostgreSQL (classes 22 data exception, 23 integrity constraint violation, 54 program limit exceeded;
+    https://www.postgresql.org/docs/current/errcodes-appendix.html), by the class of the error on SQLite. Anything else
+    (busy, a lock or statement time-out, a deadlock, a lost connection) may go well the next time.
+    """
+    if error.connection_invalidated:
+        return False
+    sqlstate = getattr(error.orig, "sqlstate", None)
+    if sqlstate is not None:
+        return str(sqlstate)[:2] in ("22", "23", "54")
+    return isinstance(error, (DataError, IntegrityError, ProgrammingError))
 
 
 def is_lost_savepoint(error: BaseException) -> bool:

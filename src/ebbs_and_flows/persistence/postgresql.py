@@ -36,14 +36,17 @@ class PostgreSQL:
 
         MATERIALIZED, because a planner that inlines the subquery may run it again and lock more rows than its LIMIT.
         """
-        chosen = due.with_for_update(skip_locked=True).cte("due").prefix_with("MATERIALIZED")
+        chosen = due.with_for_update(skip_locked=True, key_share=True).cte("due").prefix_with("MATERIALIZED")
         return update(table).where(table.c.execution_id == chosen.c.execution_id)
 
 
 def create_postgresql_engine(url: URL) -> Engine:
-    """An engine with the psycopg driver and SQLAlchemy's default pool (5 connections and 10 more at need)."""
+    """An engine with the psycopg driver and SQLAlchemy's default pool (5 connections and 10 more at need).
+
+    A connection is tried before it is used: one that the server has dropped meanwhile is replaced, not an error.
+    """
     try:
-        return create_engine(url, hide_parameters=True)
+        return create_engine(url, hide_parameters=True, pool_pre_ping=True)
     except ModuleNotFoundError as error:
         raise DatabaseUrlError(
             f"the PostgreSQL driver {error.name!r} is not installed: pip install 'ebbs-and-flows[postgres]'"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, Row, literal_column, select
 
-from ebbs_and_flows.checkpoints import AttemptCounts, AttemptEnd, Checkpoint, NextAttempt, Rest
+from ebbs_and_flows.checkpoints import AttemptCounts, AttemptEnd, Checkpoint, Rest
 from ebbs_and_flows.context import ContextDelta
 from ebbs_and_flows.executions import (
     RUNNABLE_STATUSES,
@@ -79,7 +79,7 @@ class Executions:
     def get(self, execution_id: int, *, lock: bool = False) -> FlowExecution | None:
         """The execution, without its context; locked against other writers until the transaction ends if asked."""
         found = select(self._table).where(self._table.c.execution_id == execution_id)
-        row = self._connection.execute(found.with_for_update() if lock else found).one_or_none()
+        row = self._connection.execute(found.with_for_update(key_share=True) if lock else found).one_or_none()
         return None if row is None else _to_execution(row)
 
     def find(self, criteria: FlowFilter) -> list[FlowExecution]:
@@ -114,14 +114,19 @@ class Executions:
         row = self._connection.execute(due).one_or_none()
         return None if row is None else _to_execution(row)
 
-    def seconds_until_due(self, status: FlowStatus, templates: Collection[str]) -> float | None:
-        """How long, by the database's clock, until the next execution in `status` is due; `None` where there is
-        none.
-        """
+    def held_by(self, worker: str) -> list[FlowExecution]:
+        """The executions that this worker holds, without their contexts."""
+        columns = self._table.c
+        held = select(self._table).where(columns.status == "RUNNING", columns.lease_owner == worker)
+        return [_to_execution(row) for row in self._connection.execute(held)]
+
+    def seconds_until_retry(self, templates: Collection[str]) -> float | None:
+        """How long, by the database's clock, until the next RESCHEDULED execution is due; `None` if there is none."""
         columns = self._table.c
         soonest = (
             select(columns.run_at, statement_now().label("now"))
-            .where(columns.status == status.value, columns.template_name.in_(templates))
+            # A literal, as the index has it: a parameter could be anything.
+            .where(columns.status == literal_column("'RESCHEDULED'"), columns.template_name.in_(templates))
             .order_by(columns.run_at)
             .limit(1)
         )
@@ -171,14 +176,22 @@ class Executions:
         ).one_or_none()
         return None if row is None else _to_execution(row)
 
-    def advance(self, checkpoint: Checkpoint, then: NextAttempt) -> tuple[datetime, datetime] | None:
-        """Move on to the next attempt, fenced; the time it was, and the new end of the lease; `None` where refused."""
+    def advance(
+        self, execution_id: int, *, epoch: int, step: int, task_index: int, lease_seconds: float
+    ) -> tuple[datetime, datetime] | None:
+        """Take the next step number for an attempt at `task_index`, fenced by the epoch and the step.
+
+        Returns:
+            The time it was, and the new end of the lease; `None` where refused.
+        """
         row = self._connection.execute(
             self._statements.advance,
             {
-                **_fence(checkpoint),
-                "new_task_index": then.task_index,
-                "new_lease_seconds": checkpoint.lease_seconds,
+                "the_id": execution_id,
+                "the_epoch": epoch,
+                "the_step": step,
+                "new_task_index": task_index,
+                "new_lease_seconds": lease_seconds,
             },
         ).one_or_none()
         return None if row is None else (row.updated_at, row.lease_expires_at)
@@ -188,7 +201,9 @@ class Executions:
         row = self._connection.execute(
             self._statements.rest,
             {
-                **_fence(checkpoint),
+                "the_id": checkpoint.execution_id,
+                "the_epoch": checkpoint.epoch,
+                "the_step": checkpoint.step,
                 "new_step": checkpoint.step + 1,
                 "new_status": then.status.value,
                 "new_task_index": then.task_index,
@@ -372,7 +387,3 @@ _ATTEMPT_COLUMNS = tuple(TaskExecution.model_fields)
 
 def _to_execution(row: Row[Any]) -> FlowExecution:
     return FlowExecution(**row._mapping, execution_context=NO_CONTEXT)
-
-
-def _fence(checkpoint: Checkpoint) -> dict[str, int]:
-    return {"the_id": checkpoint.execution_id, "the_epoch": checkpoint.epoch, "the_step": checkpoint.step}

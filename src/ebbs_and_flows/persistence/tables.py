@@ -138,7 +138,9 @@ def build_tables(schema: str | None = None) -> Tables:
         executions.c.execution_id,
         where=waiting,
     )
-    _partial_index("ix_ebbs_flow_executions_lease", executions.c.lease_expires_at, where=text("status = 'RUNNING'"))
+    # Of the id, not of the lease: a lease changes with every step, and a step is to touch no index.
+    _partial_index("ix_ebbs_flow_executions_running", executions.c.execution_id, where=text("status = 'RUNNING'"))
+    _partial_index("ix_ebbs_flow_executions_retry", executions.c.run_at, where=text("status = 'RESCHEDULED'"))
     _partial_index("ix_ebbs_flow_executions_failed", executions.c.execution_id, where=text("status = 'FAILED'"))
     _partial_index(
         "uq_ebbs_flow_executions_idempotency_key",
@@ -149,7 +151,7 @@ def build_tables(schema: str | None = None) -> Tables:
     attempts = Table(
         "ebbs_task_executions",
         metadata,
-        _execution_key(executions),
+        _execution_key(executions, "ebbs_task_executions"),
         Column("flow_execution_step", Integer, primary_key=True, autoincrement=False),
         Column("task_index", Integer, nullable=False),
         Column("name", String(MAX_NAME_LENGTH), nullable=False),
@@ -169,7 +171,7 @@ def build_tables(schema: str | None = None) -> Tables:
     transitions = Table(
         "ebbs_flow_transitions",
         metadata,
-        _execution_key(executions),
+        _execution_key(executions, "ebbs_flow_transitions"),
         Column("flow_execution_step", Integer, primary_key=True, autoincrement=False),
         Column("from_status", String(16)),
         Column("to_status", String(16), nullable=False),
@@ -184,11 +186,11 @@ def build_tables(schema: str | None = None) -> Tables:
     return Tables(metadata, executions, attempts, transitions)
 
 
-def _execution_key(executions: Table) -> Column[int]:
+def _execution_key(executions: Table, table: str) -> Column[int]:
     return Column(
         "flow_execution_id",
         Id,
-        ForeignKey(executions.c.execution_id, ondelete="CASCADE"),
+        ForeignKey(executions.c.execution_id, ondelete="CASCADE", name=f"fk_{table}_flow_execution_id"),
         primary_key=True,
         autoincrement=False,
     )

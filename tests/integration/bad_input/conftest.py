@@ -47,6 +47,14 @@ def _interrupts_work_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
+def default_interrupts(_interrupts_work_as_before: None) -> Iterator[None]:
+    """Ctrl-C as a program has it; a test runner may ignore it in its workers."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def stack() -> Iterator[ExitStack]:
     """Closes what a value has open, after the test."""
     with ExitStack() as stack:

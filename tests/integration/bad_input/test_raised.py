@@ -320,6 +320,7 @@ def test_an_interrupt_hands_the_execution_back_and_is_raised_on(
 
 
 @pytest.mark.parametrize("limit", [None, 30.0], ids=["without limit", "with a limit"])
+@pytest.mark.usefixtures("default_interrupts")
 def test_a_signal_interrupts_a_task_that_awaits(limit: float | None, runner: FlowRunner) -> None:
     class Awaiting(AsyncSuspect):
         async def run(self, context: ExecutionContext) -> Any:
