@@ -140,8 +140,8 @@ class FlowRunner:
             delay: instead of `run_at`, from the database's now: a timedelta, or seconds.
             priority: higher runs first; default 0.
             queue: a name by which workers choose what they take.
-            idempotency_key: an execution that has this key already is returned instead of a new one, also where many
-                callers schedule at once.
+            idempotency_key: an execution that has this key already, of whatever template, is returned instead of a new
+                one, also where many callers schedule at once.
 
         Raises:
             UnknownTemplateError, TemplateError: no such template, or one without tasks.

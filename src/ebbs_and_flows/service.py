@@ -155,8 +155,8 @@ class FlowService:
             delay: instead of `run_at`, from the database's now: a timedelta, or seconds.
             priority: higher runs first; a 32-bit int.
             queue: a name by which workers choose what they take.
-            idempotency_key: an execution that has this key already is returned instead of a new one, also where many
-                callers schedule at once.
+            idempotency_key: an execution that has this key already, of whatever template, is returned instead of a new
+                one, also where many callers schedule at once.
 
         Raises:
             InvalidArgumentError, InvalidNameError: an argument that cannot be used. Nothing is written.
@@ -294,6 +294,8 @@ class FlowService:
             context: replaces the context as of the current task, for example to mend a value before a re-run.
             reason: recorded with the transition.
             worker, lease_seconds: who holds it from now on and for how long; only for RUNNING, which raises the epoch.
+
+        The current index stays as it is, also on SUCCEEDED: only ended attempts move it.
 
         An attempt that is open when the execution leaves RUNNING is ended as FAILED, with what happened as its error
         type.
