@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
@@ -89,6 +91,10 @@ class FlowService:
         self._owns_engine = isinstance(database, (str, URL))
         self.engine: Engine = create_engine_for(database) if isinstance(database, (str, URL)) else database
         self._database = database_of(self.engine)
+        if self._owns_engine:
+            # Who drops the service without closing it leaves no connection behind. Not at exit, where the process' own
+            # end closes them, and not in a forked child, whose connections are the parent's.
+            weakref.finalize(self, _dispose_in, os.getpid(), self.engine).atexit = False
         self.schema = schema
         try:
             self._prepare_schema()
@@ -630,6 +636,11 @@ class FlowService:
 def initial_delta(context: ExecutionContext | Mapping[str, Any] | None) -> ContextDelta:
     """What an execution begins with, encoded: from here on the caller may change its objects as it likes."""
     return as_context({} if context is None else context).delta_from(NO_CONTEXT)
+
+
+def _dispose_in(process: int, engine: Engine) -> None:
+    if os.getpid() == process:
+        engine.dispose()
 
 
 def _check_record(argument: str, value: object, kind: type[FlowExecution] | type[TaskExecution]) -> None:
