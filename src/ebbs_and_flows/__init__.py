@@ -8,6 +8,7 @@ from ebbs_and_flows.errors import (
     DuplicateEntryError,
     DuplicateTemplateError,
     EbbsError,
+    FlowTimeoutError,
     FrozenContextError,
     InvalidArgumentError,
     InvalidContextError,
@@ -18,6 +19,7 @@ from ebbs_and_flows.errors import (
     MissingEntryError,
     MissingInputError,
     SchemaError,
+    StopRequestedError,
     TaskResultError,
     TaskTimeoutError,
     TemplateError,
@@ -29,6 +31,7 @@ from ebbs_and_flows.errors import (
     UnknownTemplateError,
     UnknownTypeError,
     UnserializableValueError,
+    WorkerStateError,
 )
 from ebbs_and_flows.executions import (
     Failure,
@@ -43,6 +46,7 @@ from ebbs_and_flows.pickle_codec import PickleCodec
 from ebbs_and_flows.retries import RetryPolicy
 from ebbs_and_flows.runner import FlowRunner
 from ebbs_and_flows.service import FlowService
+from ebbs_and_flows.stopping import raise_if_stop_requested, stop_requested, wait_for_stop
 from ebbs_and_flows.tasks import FunctionTask, Task, TaskDataItem, TransactionalTask, task
 from ebbs_and_flows.templates import FlowTemplate
 
@@ -59,6 +63,7 @@ __all__ = [
     "FlowService",
     "FlowStatus",
     "FlowTemplate",
+    "FlowTimeoutError",
     "FlowTransition",
     "FrozenContextError",
     "FunctionTask",
@@ -73,6 +78,7 @@ __all__ = [
     "PickleCodec",
     "RetryPolicy",
     "SchemaError",
+    "StopRequestedError",
     "Task",
     "TaskDataItem",
     "TaskExecution",
@@ -90,8 +96,12 @@ __all__ = [
     "UnknownTypeError",
     "UnserializableValueError",
     "ValueCodec",
+    "WorkerStateError",
+    "raise_if_stop_requested",
     "register_codec",
     "register_type",
     "schema",
+    "stop_requested",
     "task",
+    "wait_for_stop",
 ]

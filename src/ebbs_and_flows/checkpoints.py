@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 
-from ebbs_and_flows.context import ContextDelta
+from ebbs_and_flows.context import ContextDelta, ExecutionContext
 from ebbs_and_flows.executions import Failure, FlowExecution, FlowStatus, TaskExecution, TaskStatus
 
 NO_CHANGE = ContextDelta({}, ())
@@ -30,6 +31,8 @@ class Claim:
     execution: FlowExecution
     attempt: TaskExecution | None
     counts: dict[str, AttemptCounts] = field(default_factory=dict)
+    deadline: float | None = None
+    """When the limit of the whole execution is reached, on this process' `time.monotonic`; `None` without one."""
 
     def counts_of(self, task_name: str) -> AttemptCounts:
         """The counts for one task; nothing yet for one that never started."""
@@ -52,8 +55,28 @@ class AttemptEnd:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended and what its task's policies say to that: plain data, which may come from another process.
+
+    Attributes:
+        end: what to record of the attempt.
+        reason: recorded with the transition that follows a failure.
+        retry_seconds: after how long it is to be tried again; `None` where it is not.
+    """
+
+    end: AttemptEnd
+    reason: str | None = None
+    retry_seconds: float | None = None
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the attempt succeeded."""
+        return self.end.status is TaskStatus.SUCCEEDED
+
+
+@dataclass(frozen=True)
 class NextAttempt:
-    """What follows: the next task's first attempt in this claim."""
+    """What follows: another attempt under the same claim, as a rule the next task's first."""
 
     task_index: int
     task_name: str
@@ -87,3 +110,17 @@ class Checkpoint:
     end: AttemptEnd
     then: NextAttempt | Rest
     lease_seconds: float
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What came of a checkpoint: the next attempt, if one was started, and the new state of the execution's row."""
+
+    at: datetime
+    attempt: TaskExecution | None
+    lease_expires_at: datetime | None
+
+
+def with_context(execution: FlowExecution, context: ExecutionContext) -> FlowExecution:
+    """The same execution with this context."""
+    return execution.model_copy(update={"execution_context": context})

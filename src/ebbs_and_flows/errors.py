@@ -278,6 +278,40 @@ class TaskTimeoutError(EbbsError, TimeoutError):
         super().__init__(f"task {task_name!r} ran past its limit of {timeout_seconds:g} seconds")
 
 
+class FlowTimeoutError(EbbsError, TimeoutError):
+    """An execution ran past the `timeout_seconds` of its template; it is parked as FAILED, whatever its tasks allow.
+
+    Attributes:
+        template_name: the template.
+        timeout_seconds: its limit.
+    """
+
+    def __init__(self, template_name: str, timeout_seconds: float) -> None:
+        self.template_name = template_name
+        self.timeout_seconds = timeout_seconds
+        super().__init__(
+            f"the flow ran past the limit of {timeout_seconds:g} seconds that template {template_name!r} sets; "
+            "a re-run by hand has the whole limit again"
+        )
+
+
+class StopRequestedError(EbbsError, RuntimeError):
+    """Raised by `raise_if_stop_requested` in a task that is to stop: the attempt ends, and what it would return is not
+    wanted any more.
+
+    Attributes:
+        why: what asked it to stop.
+    """
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"this attempt is to stop: {why}")
+
+
+class WorkerStateError(EbbsError, RuntimeError):
+    """What was asked of a worker does not fit its state, for example to run it twice at once."""
+
+
 # --- executions ---------------------------------------------------------------------------------------------------
 
 

@@ -18,9 +18,10 @@ from sqlalchemy.orm import Session
 
 from ebbs_and_flows.checkpoints import AttemptEnd
 from ebbs_and_flows.context import ContextDelta, ExecutionContext
-from ebbs_and_flows.errors import TaskResultError, TaskTimeoutError
+from ebbs_and_flows.errors import FlowTimeoutError, TaskResultError, TaskTimeoutError
 from ebbs_and_flows.executions import Failure, TaskStatus
 from ebbs_and_flows.names import MAX_NAME_LENGTH
+from ebbs_and_flows.stopping import PAST_LIMIT, SIGNAL, StopSignal
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.texts import bounded, class_name, one_line, printable
 
@@ -77,28 +78,84 @@ class Failed:
 Outcome = Success | Failed
 
 
-def run_body(task: Task, name: str, context: ExecutionContext, session: Session | None = None) -> Outcome:
+class Limit:
+    """How long an attempt may take: the task's own limit, or what is left of its execution's, whichever is shorter.
+
+    Args:
+        task: the task, with its `timeout_seconds`.
+        name: its name in its template, for messages.
+        flow_error: what to record where the execution's limit is the shorter one.
+        flow_seconds: what is left of it; `None` without one.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        name: str,
+        flow_error: FlowTimeoutError | None = None,
+        flow_seconds: float | None = None,
+    ) -> None:
+        self.seconds = task.timeout_seconds
+        self._task_error = None if self.seconds is None else TaskTimeoutError(name, self.seconds)
+        self._flow_error = None
+        if flow_seconds is not None and (self.seconds is None or flow_seconds < self.seconds):
+            self.seconds, self._flow_error = max(flow_seconds, 0.0), flow_error
+
+    def reached(self) -> Failed:
+        """The outcome of an attempt that has reached it."""
+        if self._flow_error is not None:
+            return Failed(self._flow_error, Failure.TIMEOUT, may_retry=False)
+        assert self._task_error is not None, "only a limit can be reached"
+        return Failed(self._task_error, Failure.TIMEOUT)
+
+
+def run_body(
+    task: Task,
+    name: str,
+    context: ExecutionContext,
+    session: Session | None = None,
+    *,
+    limit: Limit | None = None,
+) -> Outcome:
     """Run one task and return what came of it. Raises nothing but `KeyboardInterrupt`.
 
     Args:
-        task: runs in this thread; with `timeout_seconds` a plain function runs in a thread of its own, which is left to
-            itself at the limit, because nothing can stop it. A transactional task past its limit is rolled back once it
-            returns, an `async def` task is cancelled at its next await.
+        task: runs in this thread; with a limit a plain function runs in a thread of its own, which is asked to stop and
+            left to itself at the limit, because nothing can stop it. A transactional task past its limit is rolled back
+            once it returns, an `async def` task is cancelled at its next await.
         name: the task's name in its template, for messages.
         context: what the task receives, read-only.
         session: for a transactional task.
+        limit: how long it may take; default without limit, for those who keep the time themselves.
     """
     try:
-        result = _call(task, name, context, session)
+        result = _call(task, name, context, session, None if limit is None else limit.seconds)
     except KeyboardInterrupt:
         raise
-    except TaskResultError as error:
-        return Failed(error, may_retry=False)
     except _LimitReachedError:
-        assert task.timeout_seconds is not None, "only a limit can be reached"
-        return Failed(TaskTimeoutError(name, task.timeout_seconds), Failure.TIMEOUT)
+        assert limit is not None, "only a limit can be reached"
+        return limit.reached()
     except BaseException as error:  # SystemExit and the like end the attempt, not the worker
-        return Failed(error)
+        return _failed(error)
+    return _returned(name, result, context)
+
+
+async def run_async_body(task: Task, name: str, context: ExecutionContext) -> Outcome:
+    """Run one `async def` task in the running event loop and return what came of it. Raises nothing at all: what a
+    coroutine raises must not reach the loop, which would end with a SystemExit.
+    """
+    try:
+        result = await cast("Awaitable[Any]", task.run(context))
+    except BaseException as error:
+        return _failed(error)
+    return _returned(name, result, context)
+
+
+def _failed(error: BaseException) -> Failed:
+    return Failed(error, may_retry=not isinstance(error, TaskResultError))
+
+
+def _returned(name: str, result: Any, context: ExecutionContext) -> Outcome:
     try:
         return Success(_next_context(name, result).delta_from(context))
     except KeyboardInterrupt:
@@ -137,9 +194,8 @@ class _LimitReachedError(Exception):
     """The limit of `timeout_seconds`, told apart from a TimeoutError that the task itself may raise."""
 
 
-def _call(task: Task, name: str, context: ExecutionContext, session: Session | None) -> Any:
+def _call(task: Task, name: str, context: ExecutionContext, session: Session | None, limit: float | None) -> Any:
     arguments = (context, session) if task.is_transactional else (context,)
-    limit = task.timeout_seconds
     if task.is_async:
         return _in_event_loop(cast("Awaitable[Any]", task.run(*arguments)), limit)
     if limit is None:
@@ -235,10 +291,15 @@ def _in_thread(body: Callable[[], Any], name: str, limit: float | None) -> Any:
         except BaseException as error:
             answer.append((False, error))
 
+    signal = SIGNAL.get()
+    if signal is None:
+        signal = StopSignal()
+        context.run(SIGNAL.set, signal)
     thread = threading.Thread(target=run, name=f"ebbs task {name}", daemon=True)
     thread.start()
     thread.join(limit)
     if not answer:
+        signal.set(PAST_LIMIT)
         raise _LimitReachedError
     succeeded, value = answer[0]
     if succeeded:

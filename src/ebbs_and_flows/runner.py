@@ -26,9 +26,11 @@ from ebbs_and_flows.errors import (
     UnknownTemplateError,
 )
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowExecution, FlowStatus
+from ebbs_and_flows.leases import LeaseKeeper
 from ebbs_and_flows.names import valid_name
 from ebbs_and_flows.service import FlowService
 from ebbs_and_flows.stepper import Stepper, log_claim
+from ebbs_and_flows.stopping import NO_LONGER_HELD, SIGNAL, StopSignal
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate
 
@@ -41,7 +43,8 @@ class FlowRunner:
 
     Args:
         service: where executions are kept.
-        lease_seconds: for how long a claim holds unless it is renewed; each checkpoint renews it. Default 30.
+        lease_seconds: for how long a claim holds unless it is renewed, as it is by each checkpoint and, while a task
+            runs, in the background. Default 30.
         sleep: how `run_until_idle` waits; for tests.
 
     Templates are registered with a runner, in every process that schedules or runs them. A runner claims executions of
@@ -58,6 +61,7 @@ class FlowRunner:
         self._lease_seconds = valid_lease_seconds(lease_seconds)
         self._sleep = sleep
         self._templates: dict[str, FlowTemplate] = {}
+        self._leases = LeaseKeeper(service, lease_seconds=self._lease_seconds)
         self._stepper = Stepper(service, self._templates, lease_seconds=self._lease_seconds, sleep=sleep)
 
     def __repr__(self) -> str:
@@ -187,13 +191,18 @@ class FlowRunner:
         return self._run_one({runnable_status(status)})
 
     def re_run_flow(self) -> FlowExecution | None:
-        """Run one RESCHEDULED execution that is due, from its current task; else as `run_flow`."""
+        """Run one RESCHEDULED execution that is due, from its current task; else as `run_flow`.
+
+        Executions whose worker was lost, and whose lease has expired, become RESCHEDULED first.
+        """
+        self.service.recover_expired(self._templates)
         return self._run_one({FlowStatus.RESCHEDULED})
 
     def run_until_idle(self) -> int:
         """Run all that is due, and the retries that come due later, until nothing of this runner's templates is left.
 
-        It waits for RESCHEDULED executions, not for SCHEDULED ones whose time is yet to come.
+        It takes over what lost workers have left behind once its lease has expired, and waits for RESCHEDULED
+        executions; not for SCHEDULED ones whose time is yet to come, nor for leases that others hold.
 
         Returns:
             How many times an execution was taken up.
@@ -203,7 +212,9 @@ class FlowRunner:
             if self._run_one(RUNNABLE_STATUSES) is not None:
                 runs += 1
                 continue
-            seconds = self.service.seconds_until_retry(self._templates)
+            if self.service.recover_expired(self._templates):
+                continue
+            seconds = self.service.seconds_until_next(self._templates)
             if seconds is None:
                 return runs
             self._sleep(min(max(seconds, 0.01), LONGEST_SLEEP_SECONDS))
@@ -263,11 +274,14 @@ class FlowRunner:
             raise InvalidArgumentError("execution", execution.status, "an execution that is RUNNING")
         name = self.get_flow_template(execution.template_name).task_names[execution.current_task_index]
         claim = self.service.resume_by_hand(execution, name, self.worker, self._lease_seconds)
+        self._leases.hold(self.worker, execution.execution_id, execution.epoch)
         try:
             self._stepper.step(claim)
         except KeyboardInterrupt:
             self._stepper.hand_back(claim.execution)
             raise
+        finally:
+            self._leases.release(self.worker, execution.execution_id)
         return self.service.get_flow_execution(execution.execution_id)
 
     def _run_one(self, statuses: frozenset[FlowStatus] | set[FlowStatus]) -> FlowExecution | None:
@@ -282,8 +296,11 @@ class FlowRunner:
         if claim.attempt is None:
             log_claim(claim, "came to rest without an attempt as %s", claim.execution.status)
             return claim.execution
-        held = claim.execution
+        held, worker = claim.execution, self.worker
         self._thread.holds.add(held.execution_id)
+        signal = StopSignal()
+        self._leases.hold(worker, held.execution_id, held.epoch, lambda: signal.set(NO_LONGER_HELD))
+        token = SIGNAL.set(signal)
         try:
             while claim.attempt is not None:
                 claim = self._stepper.step(claim)
@@ -292,6 +309,8 @@ class FlowRunner:
             self._stepper.hand_back(held)
             raise
         finally:
+            SIGNAL.reset(token)
+            self._leases.release(worker, held.execution_id)
             self._thread.holds.discard(held.execution_id)
 
     def _hand_back_strays(self) -> None:

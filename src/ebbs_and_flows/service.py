@@ -29,7 +29,7 @@ from ebbs_and_flows.arguments import (
     valid_status,
     way_out,
 )
-from ebbs_and_flows.checkpoints import NO_CHANGE, AttemptEnd, Checkpoint, Claim
+from ebbs_and_flows.checkpoints import NO_CHANGE, AttemptEnd, Checkpoint, Claim, Recorded
 from ebbs_and_flows.context import ContextDelta, ExecutionContext
 from ebbs_and_flows.errors import (
     InvalidArgumentError,
@@ -39,6 +39,7 @@ from ebbs_and_flows.errors import (
     UnknownExecutionError,
 )
 from ebbs_and_flows.executions import (
+    RUNNABLE_STATUSES,
     Failure,
     FlowExecution,
     FlowFilter,
@@ -54,7 +55,7 @@ from ebbs_and_flows.persistence.repositories import NewExecution
 from ebbs_and_flows.persistence.statements import Statements
 from ebbs_and_flows.persistence.tables import build_tables
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
-from ebbs_and_flows.steps import Recorded
+from ebbs_and_flows.rooms import Room
 from ebbs_and_flows.templates import FlowTemplate
 from ebbs_and_flows.texts import bounded, printable
 
@@ -78,6 +79,9 @@ class FlowService:
             it is and left open. On SQLite the schema is made or brought up to date by itself; on PostgreSQL that is
             done at deploy time.
         schema: the named schema that holds the tables (PostgreSQL only); default the connection's own.
+        notify: whether to tell waiting workers at once that something is due (NOTIFY, on PostgreSQL only); default yes.
+            Without it they find it by polling. A commit that notifies takes a lock which is one for the whole server,
+            so turn it off where very many transactions a second schedule flows.
 
     Raises:
         SchemaError: on PostgreSQL, the schema is missing or behind: run `ebbs db upgrade`.
@@ -87,7 +91,7 @@ class FlowService:
     a `session`.
     """
 
-    def __init__(self, database: str | URL | Engine, *, schema: str | None = None) -> None:
+    def __init__(self, database: str | URL | Engine, *, schema: str | None = None, notify: bool = True) -> None:
         self._owns_engine = isinstance(database, (str, URL))
         self.engine: Engine = create_engine_for(database) if isinstance(database, (str, URL)) else database
         self._database = database_of(self.engine)
@@ -96,6 +100,8 @@ class FlowService:
             # end closes them, and not in a forked child, whose connections are the parent's.
             weakref.finalize(self, _dispose_in, os.getpid(), self.engine).atexit = False
         self.schema = schema
+        self._notify = notify
+        self._process = os.getpid()
         try:
             self._prepare_schema()
         except BaseException:
@@ -181,6 +187,8 @@ class FlowService:
         delta = initial_delta(context)
         with self._work(joined=connection_of(session)) as work:
             execution_id = steps.add(work, new, delta)
+            if run_at is None and not new.delay_seconds:
+                self._announce(work)
             work.commit()
         return execution_id
 
@@ -268,19 +276,18 @@ class FlowService:
             execution = steps.existing(work, execution_id)
             return work.transitions.of(execution.execution_id)
 
-    def seconds_until_retry(self, templates: Collection[str]) -> float | None:
-        """How long until the next RESCHEDULED execution of these templates is due, by the database's clock.
+    def seconds_until_next(self, templates: Collection[str], queues: Collection[str] | None = None) -> float | None:
+        """How long until there is something to do for these templates, by the database's clock: an execution that is
+        due, or a RESCHEDULED one that will be. SCHEDULED ones whose time is yet to come do not count.
+
+        Args:
+            queues: only of these; default of all.
 
         Returns:
             Seconds, 0.0 if one is due now; `None` where there is none at all.
         """
         with self._work(writes=False) as work:
-            return work.executions.seconds_until_retry(templates)
-
-    def held_by(self, worker: str) -> list[FlowExecution]:
-        """The executions that are RUNNING under this worker's name, without their contexts."""
-        with self._work(writes=False) as work:
-            return work.executions.held_by(worker)
+            return work.executions.seconds_until_next(templates, queues)
 
     # --- change a status ----------------------------------------------------------------------------------------------
 
@@ -331,6 +338,8 @@ class FlowService:
                 )
             else:
                 steps.leave(work, execution, status, reason=reason, delta=delta)
+                if status in RUNNABLE_STATUSES:
+                    self._announce(work)
             moved = steps.current(work, execution_id)
             work.commit()
         return moved
@@ -370,6 +379,7 @@ class FlowService:
                 task_index = steps.index_reached(work, execution, valid_name("task", from_task))
                 reason = reason or f"from task {from_task!r}"
             steps.leave(work, execution, FlowStatus.RESCHEDULED, reason=reason, task_index=task_index)
+            self._announce(work)
             rescheduled = steps.current(work, execution_id)
             work.commit()
         return rescheduled
@@ -503,7 +513,7 @@ class FlowService:
             raise LeaseLostError(execution.execution_id, execution.epoch)
         return Claim(found, attempt, counts[execution.execution_id])
 
-    # --- claim, checkpoint, recover: what the runner stands on --------------------------------------------------------
+    # --- claim, renew, checkpoint, recover: what runners and workers stand on -----------------------------------------
 
     def claim(
         self,
@@ -513,25 +523,74 @@ class FlowService:
         *,
         lease_seconds: float,
         limit: int = 1,
+        queues: Collection[str] | None = None,
+        max_in_flight: Mapping[str, int] | None = None,
     ) -> list[Claim]:
         """Take due executions of these templates for a worker and start the attempt at each one's current task.
         Commits.
 
         An execution whose template no longer begins with the tasks it has completed is parked as FAILED, and comes back
-        as a claim without an attempt; so does one that has nothing left to run, as SUCCEEDED.
+        as a claim without an attempt; so does one whose context cannot be read or whose time limit has passed, and, as
+        SUCCEEDED, one that has nothing left to run.
+
+        Args:
+            limit: at most so many.
+            queues: only of these; default of all.
+            max_in_flight: by queue, how many executions may be RUNNING at once, over all workers.
 
         Returns:
-            At most `limit` claims, in the order in which they are to run.
+            The claims, in the order in which they are to run.
         """
-        if not templates:
+        if not templates or limit < 1:
             return []
         with self._work() as work:
-            claimed = work.executions.claim_due(statuses, templates, worker, lease_seconds, limit)
+            room = Room.of(work, templates, queues, max_in_flight or {})
+            claimed: list[FlowExecution] = []
+            while len(claimed) < limit and not room.is_full:
+                most = min(limit - len(claimed), room.most_at_once)
+                found = work.executions.claim_due(
+                    statuses, room.templates, worker, lease_seconds, most, queues=room.queues
+                )
+                claimed += found
+                room.take(found)
+                if len(found) < most:
+                    break
             if not claimed:
                 return []
             claims = steps.begin(work, claimed, templates)
             work.commit()
         return claims
+
+    def renew(self, worker: str, held: Mapping[int, int], *, lease_seconds: float) -> set[int]:
+        """Move the end of a worker's leases on, by the database's clock. Commits.
+
+        Args:
+            held: the epoch of each execution that the worker holds, by its id.
+            lease_seconds: from now on.
+
+        Returns:
+            Those that it does not hold any more: cancelled, ended, or claimed by another one meanwhile.
+        """
+        if not held:
+            return set()
+        with self._work() as work:
+            renewed = work.executions.renew(worker, held, lease_seconds)
+            work.commit()
+        missed = {execution_id for execution_id, epoch in held.items() if renewed.get(execution_id) != epoch}
+        return self.no_longer_held({each: held[each] for each in missed})
+
+    def no_longer_held(self, held: Mapping[int, int]) -> set[int]:
+        """Those of these executions that are no longer RUNNING under the epoch given with each. Writes nothing."""
+        if not held:
+            return set()
+        with self._work(writes=False) as work:
+            epochs = work.executions.epochs(held)
+        return {execution_id for execution_id, epoch in held.items() if epochs.get(execution_id) != epoch}
+
+    def held_by(self, worker: str) -> list[FlowExecution]:
+        """The executions that are RUNNING under this worker's name, without their contexts."""
+        with self._work(writes=False) as work:
+            return work.executions.held_by(worker)
 
     def checkpoint(self, checkpoints: Sequence[Checkpoint]) -> list[Recorded | None]:
         """Record the ends of attempts and what follows them, all in one transaction. Commits.
@@ -541,6 +600,22 @@ class FlowService:
         """
         with self._work() as work:
             recorded = [steps.record(work, checkpoint) for checkpoint in checkpoints]
+            work.commit()
+        return recorded
+
+    def checkpoint_free(self, checkpoints: Sequence[Checkpoint]) -> dict[int, Recorded | None]:
+        """As `checkpoint`, but what somebody else has locked just now is left out, to be written later. Commits.
+
+        Returns:
+            By execution id what came of each checkpoint that was written or refused.
+        """
+        with self._work() as work:
+            free = work.executions.lock_free([checkpoint.execution_id for checkpoint in checkpoints])
+            recorded = {
+                checkpoint.execution_id: steps.record(work, checkpoint)
+                for checkpoint in checkpoints
+                if checkpoint.execution_id in free
+            }
             work.commit()
         return recorded
 
@@ -561,12 +636,11 @@ class FlowService:
         at = ended.finished_at or execution.updated_at
         return Recorded(at, attempts.get(checkpoint.step + 1), execution.lease_expires_at)
 
-    def run_in_transaction(self, body: Callable[[Session, Callable[[], bool]], Checkpoint]) -> Recorded | None:
+    def run_in_transaction(self, body: Callable[[Session, UnitOfWork], Checkpoint]) -> Recorded | None:
         """Run a body whose effects and checkpoint commit together. What it raises rolls both back and is raised on.
 
         Args:
-            body: gets a Session in the transaction, and a function that says whether that transaction is still whole;
-                returns the checkpoint.
+            body: gets a Session in the transaction, and the unit of work that it is a part of; returns the checkpoint.
 
         Returns:
             What came of the checkpoint; `None` where it was refused, and the effects rolled back with it.
@@ -576,7 +650,7 @@ class FlowService:
         """
         with self._work() as work:
             with work.session() as session:
-                checkpoint = body(session, work.is_intact)
+                checkpoint = body(session, work)
             recorded = steps.record(work, checkpoint)
             if recorded is None:
                 return None
@@ -605,7 +679,8 @@ class FlowService:
             execution = steps.existing(work, execution_id, lock=True)
             if execution.status is not FlowStatus.RUNNING:
                 raise TransitionError(execution.execution_id, execution.status, "recovered", way_out(execution.status))
-            verdict = steps.lose_worker(work, execution, templates[execution.template_name])
+            reason = f"worker {execution.lease_owner} was lost"
+            verdict = steps.lose_worker(work, execution, templates[execution.template_name], reason)
             if verdict is FlowStatus.FAILED:
                 claim = Claim(steps.current(work, execution_id), None)
             else:
@@ -615,8 +690,48 @@ class FlowService:
             work.commit()
         return claim
 
+    def recover_expired(self, templates: Mapping[str, FlowTemplate], *, limit: int = 100) -> dict[int, FlowStatus]:
+        """End what workers have left behind whose lease has expired: each such execution of these templates becomes
+        RESCHEDULED, due at once, or FAILED where its task has lost `max_crashes` workers. Commits.
+
+        Any process may do this at any time, whatever queues it serves. The attempt that was open ends as FAILED with
+        the error type `WorkerLost`; should its worker live after all, its writes are refused from now on.
+
+        Returns:
+            What became of each, by execution id; at most `limit` of them.
+        """
+        if not templates:
+            return {}
+        with self._work() as work:
+            became = {}
+            for execution in work.executions.lock_expired(templates, limit):
+                reason = f"the lease of worker {execution.lease_owner} has expired"
+                template = templates[execution.template_name]
+                became[execution.execution_id] = steps.lose_worker(work, execution, template, reason)
+            if FlowStatus.RESCHEDULED in became.values():
+                self._announce(work)
+            work.commit()
+        return became
+
+    @property
+    def channel(self) -> str:
+        """The channel of PostgreSQL's NOTIFY on which this service says that something is due."""
+        return "ebbs_due" if self.schema is None else f"ebbs_due_{self.schema}"[:63]
+
+    def _announce(self, work: UnitOfWork) -> None:
+        if self._notify:
+            work.announce(self.channel)
+
     def _work(self, *, joined: Connection | None = None, writes: bool = True) -> UnitOfWork:
+        if self._process != os.getpid():
+            self._after_fork()
         return UnitOfWork(self._working_engine, self._database, self._statements, joined=joined, writes=writes)
+
+    def _after_fork(self) -> None:
+        """Leave the connections of the parent process to it: they are the same sockets. The pool begins anew."""
+        self._process = os.getpid()
+        if not self._database.lives_in_memory(self.engine):
+            self.engine.dispose(close=False)
 
     def _prepare_schema(self) -> None:
         try:

@@ -4,14 +4,22 @@ caller's unit of work, takes the next step numbers, and leaves committing to the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import datetime
 
 from ebbs_and_flows.arguments import valid_id
-from ebbs_and_flows.checkpoints import Checkpoint, Claim, NextAttempt
+from ebbs_and_flows.checkpoints import AttemptCounts, Checkpoint, Claim, NextAttempt, Recorded, with_context
 from ebbs_and_flows.context import ContextDelta
-from ebbs_and_flows.errors import InvalidArgumentError, TemplateError, TemplateMismatchError, UnknownExecutionError
+from ebbs_and_flows.errors import (
+    FlowTimeoutError,
+    InvalidArgumentError,
+    TemplateError,
+    TemplateMismatchError,
+    UndecodableValueError,
+    UnknownExecutionError,
+)
 from ebbs_and_flows.executions import (
     Failure,
     FlowExecution,
@@ -20,19 +28,11 @@ from ebbs_and_flows.executions import (
     TaskExecution,
     TaskStatus,
 )
-from ebbs_and_flows.persistence.contexts import Progress, with_context
+from ebbs_and_flows.persistence.contexts import Progress
 from ebbs_and_flows.persistence.repositories import NewExecution
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
 from ebbs_and_flows.templates import FlowTemplate
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What came of a checkpoint: the next attempt, if one was started, and the new state of the execution's row."""
-
-    at: datetime
-    attempt: TaskExecution | None
-    lease_expires_at: datetime | None
+from ebbs_and_flows.verdicts import judge_lost
 
 
 def existing(work: UnitOfWork, execution_id: int, *, lock: bool = False) -> FlowExecution:
@@ -136,18 +136,21 @@ def leave(
     add_transition(work, execution, status, at, reason=reason, delta=delta, task_index=task_index)
 
 
-def lose_worker(work: UnitOfWork, execution: FlowExecution, template: FlowTemplate) -> FlowStatus:
-    """End what a dead worker left open, and reschedule the execution, or park it if that has happened too often."""
-    attempts = work.attempts.of(execution.execution_id)
-    open_names = [attempt.name for attempt in attempts if attempt.status is TaskStatus.RUNNING]
+def lose_worker(work: UnitOfWork, execution: FlowExecution, template: FlowTemplate, reason: str) -> FlowStatus:
+    """End what a dead worker left open, and reschedule the execution, or park it if that has happened too often.
+
+    Args:
+        execution: RUNNING, and locked by this transaction.
+        reason: of the transition, where it is rescheduled.
+    """
+    counts = work.attempts.counts([execution.execution_id]).get(execution.execution_id, {})
     lost_by = f"Worker {execution.lease_owner} was lost while this attempt was running."
-    status, reason = FlowStatus.RESCHEDULED, f"worker {execution.lease_owner} was lost"
-    for name in open_names:
-        lost = 1 + sum(1 for each in attempts if each.name == name and each.failure is Failure.LOST)
+    status = FlowStatus.RESCHEDULED
+    for name in work.attempts.open_names(execution.execution_id):
         task = template.get_task(template.task_names.index(name)) if name in template.task_names else None
-        if task is not None and lost >= task.retry.max_crashes:
-            status = FlowStatus.FAILED
-            reason = f"task {name!r} lost its worker {lost} times, max_crashes is {task.retry.max_crashes}"
+        verdict = judge_lost(task, name, counts.get(name, AttemptCounts()), lost_by)
+        if verdict.retry_seconds is None:
+            status, reason = FlowStatus.FAILED, verdict.reason or reason
     at = work.executions.move(
         execution,
         status,
@@ -164,6 +167,8 @@ def begin(work: UnitOfWork, claimed: Sequence[FlowExecution], templates: Mapping
     """Write the transition of each execution just claimed, and the first attempt that follows from it."""
     progress = work.contexts.progress(claimed)
     counts = work.attempts.counts([each.execution_id for each in claimed if each.epoch > 1])
+    limited = [each.execution_id for each in claimed if templates[each.template_name].timeout_seconds is not None]
+    began = work.transitions.run_began(limited)
     claims = []
     for execution in claimed:
         # The first claim is from SCHEDULED, every later one from RESCHEDULED: there is no other way to RUNNING.
@@ -178,20 +183,40 @@ def begin(work: UnitOfWork, claimed: Sequence[FlowExecution], templates: Mapping
             worker=execution.lease_owner,
         )
         standing = progress[execution.execution_id]
-        claim = Claim(with_context(execution, standing.context), None, counts.get(execution.execution_id, {}))
-        claims.append(_start(work, claim, standing, templates[execution.template_name]))
+        template = templates[execution.template_name]
+        deadline = deadline_of(execution, template, began.get(execution.execution_id))
+        claim = Claim(execution, None, counts.get(execution.execution_id, {}), deadline)
+        claims.append(_start(work, claim, standing, template))
     return claims
+
+
+def deadline_of(execution: FlowExecution, template: FlowTemplate, began: datetime | None) -> float | None:
+    """When the limit of an execution that was written just now is reached, on this process' `time.monotonic`.
+
+    Args:
+        began: when its first claim since it was scheduled or re-run by hand was; default just now.
+    """
+    if template.timeout_seconds is None:
+        return None
+    spent = 0.0 if began is None else (execution.updated_at - began).total_seconds()
+    return time.monotonic() + template.timeout_seconds - spent
 
 
 def _start(work: UnitOfWork, claim: Claim, standing: Progress, template: FlowTemplate) -> Claim:
     """Start the attempt at the current task; or come to rest where the template has changed, or has no task left."""
-    execution, index = claim.execution, claim.execution.current_task_index
+    index = claim.execution.current_task_index
     try:
         template.check_completed(standing.completed)
-    except TemplateMismatchError as error:
-        return _rest_at_once(work, claim, FlowStatus.FAILED, f"TemplateMismatchError: {error}")
+        claim = replace(claim, execution=with_context(claim.execution, standing.context))
+    except (TemplateMismatchError, UndecodableValueError) as error:
+        return _rest_at_once(work, claim, FlowStatus.FAILED, f"{type(error).__name__}: {error}")
+    execution = claim.execution
     if template.get_task(index) is None:
         return _rest_at_once(work, claim, FlowStatus.SUCCEEDED, "the template has no task left to run")
+    if claim.deadline is not None and time.monotonic() >= claim.deadline:
+        assert template.timeout_seconds is not None, "without a limit there is no deadline"
+        error_text = str(FlowTimeoutError(template.name, template.timeout_seconds))
+        return _rest_at_once(work, claim, FlowStatus.FAILED, f"FlowTimeoutError: {error_text}")
     name = template.task_names[index]
     attempt = work.attempts.start(
         execution,
@@ -201,7 +226,7 @@ def _start(work: UnitOfWork, claim: Claim, standing: Progress, template: FlowTem
         claim.counts_of(name).started + 1,
         execution.updated_at,
     )
-    return Claim(execution, attempt, claim.counts)
+    return replace(claim, attempt=attempt)
 
 
 def _rest_at_once(work: UnitOfWork, claim: Claim, status: FlowStatus, reason: str) -> Claim:

@@ -23,14 +23,35 @@ class FlowTemplate:
         name: under which executions refer to it in the database; keep it over deploys.
         tasks: the tasks, added one by one as by `add_task`.
         inputs: the entries with which the flow must be scheduled; default those of its first task.
+        timeout_seconds: how long a whole execution may take, from its first claim on, with the waits between retries; a
+            re-run by hand has the whole time again. Past it the running attempt is ended as for a task's own limit, and
+            the execution is parked as FAILED. Default without limit.
+        max_in_flight: how many of its executions may be RUNNING at once, over all workers and runners that were given
+            this number; default as many as there are places.
 
     Raises:
         InvalidNameError: a name that cannot be stored.
-        TemplateError: as for `add_task`.
+        TemplateError: as for `add_task`; a limit that is not a positive number.
     """
 
-    def __init__(self, name: str, tasks: Iterable[Task] = (), *, inputs: Sequence[TaskDataItem] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        tasks: Iterable[Task] = (),
+        *,
+        inputs: Sequence[TaskDataItem] | None = None,
+        timeout_seconds: float | None = None,
+        max_in_flight: int | None = None,
+    ) -> None:
         self.name = valid_name("template", name)
+        if not _is_limit(timeout_seconds):
+            raise TemplateError(f"template {self.name!r} has timeout_seconds={timeout_seconds!r}: {_A_LIMIT}")
+        self.timeout_seconds = timeout_seconds
+        if max_in_flight is not None and not is_positive_int(max_in_flight):
+            raise TemplateError(
+                f"template {self.name!r} has max_in_flight={max_in_flight!r}: an int of at least 1, or None"
+            )
+        self.max_in_flight = max_in_flight
         self._tasks: list[Task] = []
         self._task_names: list[str] = []
         self._declared_inputs = None if inputs is None else _items(f"template {self.name!r}", "inputs", inputs)
@@ -208,13 +229,22 @@ def _check_is_task(task: object) -> None:
         raise TemplateError(f"a template takes Task instances and functions under @task, not {task!r}{hint}")
     if not isinstance(task.retry, RetryPolicy):
         raise TemplateError(f"task {task.name!r} has retry={task.retry!r}, which is not a RetryPolicy")
-    seconds = task.timeout_seconds
-    if seconds is not None and (
-        isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds <= 0
-    ):
-        raise TemplateError(
-            f"task {task.name!r} has timeout_seconds={seconds!r}: a positive number of seconds, or None"
-        )
+    if not _is_limit(task.timeout_seconds):
+        raise TemplateError(f"task {task.name!r} has timeout_seconds={task.timeout_seconds!r}: {_A_LIMIT}")
+
+
+_A_LIMIT = "a positive number of seconds, or None"
+
+
+def _is_limit(seconds: object) -> bool:
+    if seconds is None:
+        return True
+    return isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < math.inf
+
+
+def is_positive_int(value: object) -> bool:
+    """Whether it is an int of at least 1, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _items(owner: str, what: str, items: object) -> tuple[TaskDataItem, ...]:

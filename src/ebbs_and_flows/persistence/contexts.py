@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from ebbs_and_flows.checkpoints import with_context
 from ebbs_and_flows.codec import dumps_entries, loads_entries
 from ebbs_and_flows.context import ContextDelta, ExecutionContext
 from ebbs_and_flows.errors import UndecodableValueError
@@ -23,10 +24,21 @@ NO_CONTEXT = ExecutionContext.from_encoded({})
 class Progress:
     """What an execution's history says of where it stands."""
 
-    context: ExecutionContext
-    """The context as the task at its current index receives it."""
     completed: tuple[str, ...]
     """The names of the tasks that it has completed, in order."""
+    readable: ExecutionContext | UndecodableValueError
+    """The context as the task at its current index receives it, or what is wrong with the rows that keep it."""
+
+    @property
+    def context(self) -> ExecutionContext:
+        """The context as the task at its current index receives it.
+
+        Raises:
+            UndecodableValueError: a row that keeps a part of it was damaged.
+        """
+        if isinstance(self.readable, UndecodableValueError):
+            raise self.readable
+        return self.readable
 
 
 class Contexts:
@@ -57,11 +69,6 @@ class Contexts:
         return [with_context(each, progress[each.execution_id].context) for each in executions]
 
 
-def with_context(execution: FlowExecution, context: ExecutionContext) -> FlowExecution:
-    """The same execution with this context."""
-    return execution.model_copy(update={"execution_context": context})
-
-
 @dataclass(frozen=True)
 class _Delta:
     row: Any
@@ -89,16 +96,13 @@ def _fold(execution: FlowExecution, deltas: Iterable[_Delta]) -> Progress:
         ):
             standing.pop()
         standing.append(delta)
-    completed: list[str] = []
-    folded: list[ContextDelta] = []
-    for delta in standing:
-        if delta.place > 2 * execution.current_task_index:
-            break
-        if delta.task_name is not None:
-            completed.append(delta.task_name)
-        if delta.row.entries is not None:
-            folded.append(_read(execution, delta))
-    return Progress(ExecutionContext.folded(folded), tuple(completed))
+    reached = [delta for delta in standing if delta.place <= 2 * execution.current_task_index]
+    completed = tuple([delta.task_name for delta in reached if delta.task_name is not None])
+    try:
+        folded = [_read(execution, delta) for delta in reached if delta.row.entries is not None]
+    except UndecodableValueError as error:  # of this execution alone: the others that were asked for are well
+        return Progress(completed, error)
+    return Progress(completed, ExecutionContext.folded(folded))
 
 
 def _read(execution: FlowExecution, delta: _Delta) -> ContextDelta:

@@ -29,6 +29,21 @@ class Database(Protocol):
     def claim(self, table: Table, due: Select[Any]) -> Update:
         """An UPDATE of the rows that `due` selects, which no other worker can update as well."""
 
+    def lock_free(self, rows: Select[Any]) -> Select[Any]:
+        """The same SELECT, which locks its rows and passes over those that somebody else has locked."""
+
+    def try_lock(self, connection: Connection, name: str) -> bool:
+        """Take a lock of this name until the transaction ends; False where another transaction has it."""
+
+    def announce(self, connection: Connection, channel: str) -> None:
+        """Tell those who listen on a channel, once the transaction commits."""
+
+    def lives_in_memory(self, engine: Engine) -> bool:
+        """Whether the connections of this process are all there is of the database."""
+
+    def can_listen(self, engine: Engine) -> bool:
+        """Whether `announce` reaches anybody, and this engine's driver can wait for it."""
+
 
 def database_of(engine: Engine) -> Database:
     """The database behind an engine.

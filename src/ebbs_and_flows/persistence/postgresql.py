@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, Select, Table, Update, create_engine, update
+from sqlalchemy import URL, Connection, Engine, Select, Table, Update, create_engine, text, update
 from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.ext.compiler import compiles
 
@@ -38,6 +39,27 @@ class PostgreSQL:
         """
         chosen = due.with_for_update(skip_locked=True, key_share=True).cte("due").prefix_with("MATERIALIZED")
         return update(table).where(table.c.execution_id == chosen.c.execution_id)
+
+    def lock_free(self, rows: Select[Any]) -> Select[Any]:
+        return rows.with_for_update(skip_locked=True, key_share=True)
+
+    def try_lock(self, connection: Connection, name: str) -> bool:
+        # Advisory locks are numbers, shared with the host: 64 bits of a digest are unlikely to be one of its own.
+        number = int.from_bytes(hashlib.sha256(f"ebbs {name}".encode()).digest()[:8], "big", signed=True)
+        return bool(connection.scalar(_TRY_LOCK, {"number": number}))
+
+    def announce(self, connection: Connection, channel: str) -> None:
+        connection.execute(_NOTIFY, {"channel": channel})
+
+    def lives_in_memory(self, engine: Engine) -> bool:
+        return False
+
+    def can_listen(self, engine: Engine) -> bool:
+        return engine.dialect.driver == "psycopg"
+
+
+_TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(CAST(:number AS BIGINT))")
+_NOTIFY = text("SELECT pg_notify(CAST(:channel AS TEXT), '')")
 
 
 def create_postgresql_engine(url: URL) -> Engine:

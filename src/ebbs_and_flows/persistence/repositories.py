@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, literal_column, select
 
@@ -120,18 +120,72 @@ class Executions:
         held = select(self._table).where(columns.status == "RUNNING", columns.lease_owner == worker)
         return [_to_execution(row) for row in self._connection.execute(held)]
 
-    def seconds_until_retry(self, templates: Collection[str]) -> float | None:
-        """How long, by the database's clock, until the next RESCHEDULED execution is due; `None` if there is none."""
+    def seconds_until_next(self, templates: Collection[str], queues: Collection[str] | None) -> float | None:
+        """How long, by the database's clock, until the next RESCHEDULED execution is due; 0.0 where a SCHEDULED one is
+        due now, `None` where there is neither.
+        """
         columns = self._table.c
+        now = statement_now().label("now")
+        of_these = [columns.template_name.in_(templates)]
+        if queues is not None:
+            of_these.append(columns.queue.in_(queues))
         soonest = (
-            select(columns.run_at, statement_now().label("now"))
+            select(columns.run_at, now)
             # A literal, as the index has it: a parameter could be anything.
-            .where(columns.status == literal_column("'RESCHEDULED'"), columns.template_name.in_(templates))
+            .where(columns.status == literal_column("'RESCHEDULED'"), *of_these)
             .order_by(columns.run_at)
             .limit(1)
         )
         row = self._connection.execute(soonest).one_or_none()
+        if row is not None and row.run_at <= row.now:
+            return 0.0
+        due = select(columns.execution_id).where(
+            columns.status == "SCHEDULED",
+            columns.status.in_([literal_column("'SCHEDULED'"), literal_column("'RESCHEDULED'")]),
+            columns.run_at <= statement_now(),
+            *of_these,
+        )
+        if self._connection.execute(due.limit(1)).one_or_none() is not None:
+            return 0.0
         return None if row is None else max(0.0, (row.run_at - row.now).total_seconds())
+
+    def running_of(self, what: Literal["templates", "queues"], names: Collection[str]) -> dict[str, int]:
+        """How many executions of each of these templates or queues are RUNNING; none for one that is not there."""
+        if not names:
+            return {}
+        statement = (
+            self._statements.count_running_of_templates
+            if what == "templates"
+            else self._statements.count_running_of_queues
+        )
+        rows = self._connection.execute(statement, {"the_names": list(names)})
+        return {name: count for name, count in rows}  # noqa: C416  # dict(rows) would be of Row
+
+    def renew(self, worker: str, execution_ids: Collection[int], lease_seconds: float) -> dict[int, int]:
+        """Move the end of the leases on; the epoch of each one renewed. What somebody has locked is passed over."""
+        rows = self._connection.execute(
+            self._statements.renew,
+            {"the_ids": sorted(execution_ids), "the_worker": worker, "new_lease_seconds": lease_seconds},
+        )
+        return {row.execution_id: row.epoch for row in rows}
+
+    def epochs(self, execution_ids: Collection[int]) -> dict[int, int]:
+        """The epochs of those of these executions that are RUNNING. Locks nothing."""
+        rows = self._connection.execute(self._statements.holders, {"the_ids": sorted(execution_ids)})
+        return {row.execution_id: row.epoch for row in rows}
+
+    def lock_free(self, execution_ids: Collection[int]) -> set[int]:
+        """Lock those of these executions that nobody else has locked, until the transaction ends; which those are."""
+        return set(self._connection.scalars(self._statements.lock_free, {"the_ids": sorted(execution_ids)}))
+
+    def lock_expired(self, templates: Collection[str], limit: int) -> list[FlowExecution]:
+        """Lock executions of these templates that are RUNNING under a lease that has expired, without their contexts.
+        What somebody else has locked is passed over.
+        """
+        rows = self._connection.execute(
+            self._statements.lock_expired, {"the_templates": list(templates), "the_limit": limit}
+        )
+        return [_to_execution(row) for row in rows]
 
     def claim_due(
         self,
@@ -140,22 +194,28 @@ class Executions:
         worker: str,
         lease_seconds: float,
         limit: int,
+        queues: Collection[str] | None = None,
     ) -> list[FlowExecution]:
         """Take due executions for a worker, in the order in which they are to run: without their contexts.
 
+        Args:
+            queues: only of these; default of all.
+
         It takes two step numbers of each: one for the transition, one for what follows it in the same transaction.
         """
-        rows = self._connection.execute(
-            self._statements.claim_due,
-            {
-                "the_statuses": [status.value for status in statuses],
-                "the_templates": list(templates),
-                "the_limit": limit,
-                "new_worker": worker,
-                "new_lease_seconds": lease_seconds,
-                "new_numbers": 2,
-            },
-        )
+        parameters: dict[str, Any] = {
+            "the_statuses": [status.value for status in statuses],
+            "the_templates": list(templates),
+            "the_limit": limit,
+            "new_worker": worker,
+            "new_lease_seconds": lease_seconds,
+            "new_numbers": 2,
+        }
+        statement = self._statements.claim_due
+        if queues is not None:
+            statement = self._statements.claim_due_of_queues
+            parameters["the_queues"] = list(queues)
+        rows = self._connection.execute(statement, parameters)
         claimed = [_to_execution(row) for row in rows]
         return sorted(claimed, key=lambda each: (-each.priority, each.run_at, each.execution_id))
 
@@ -321,6 +381,14 @@ class Attempts:
         )
         return result.rowcount
 
+    def open_names(self, execution_id: int) -> list[str]:
+        """The names of the tasks whose attempts are RUNNING in an execution; as a rule one, or none."""
+        columns = self._table.c
+        found = select(columns.name).where(
+            columns.flow_execution_id == execution_id, columns.status == TaskStatus.RUNNING.value
+        )
+        return list(self._connection.scalars(found))
+
     def of(self, execution_id: int) -> list[TaskExecution]:
         """All attempts of an execution, oldest first."""
         columns = self._table.c
@@ -380,6 +448,29 @@ class Transitions:
             .order_by(columns.flow_execution_step)
         )
         return [FlowTransition(**row._mapping) for row in self._connection.execute(found)]
+
+    def run_began(self, execution_ids: Sequence[int]) -> dict[int, datetime]:
+        """When the first claim of each execution was, since it was scheduled or last re-run by hand; not for one that
+        has not been claimed since.
+        """
+        began: dict[int, datetime] = {}
+        if not execution_ids:
+            return began
+        columns = self._table.c
+        turns = (
+            select(columns.flow_execution_id, columns.from_status, columns.at)
+            .where(
+                columns.flow_execution_id.in_(execution_ids),
+                (columns.to_status == FlowStatus.RUNNING.value) | (columns.from_status == FlowStatus.FAILED.value),
+            )
+            .order_by(columns.flow_execution_id, columns.flow_execution_step)
+        )
+        for row in self._connection.execute(turns):
+            if row.from_status == FlowStatus.FAILED.value:
+                began.pop(row.flow_execution_id, None)
+            else:
+                began.setdefault(row.flow_execution_id, row.at)
+        return began
 
 
 _ATTEMPT_COLUMNS = tuple(TaskExecution.model_fields)

@@ -45,6 +45,22 @@ class SQLite:
         """An UPDATE of the rows that `due` selects; the write lock keeps others away."""
         return update(table).where(table.c.execution_id.in_(due))
 
+    def lock_free(self, rows: Select[Any]) -> Select[Any]:
+        return rows
+
+    def try_lock(self, connection: Connection, name: str) -> bool:
+        """The write lock of the transaction is the lock."""
+        return True
+
+    def announce(self, connection: Connection, channel: str) -> None:
+        """Nobody can listen: workers poll."""
+
+    def lives_in_memory(self, engine: Engine) -> bool:
+        return is_in_memory(engine.url)
+
+    def can_listen(self, engine: Engine) -> bool:
+        return False
+
 
 def _is_in_transaction(connection: Connection) -> bool:
     return bool(getattr(connection.connection.driver_connection, "in_transaction", False))
@@ -58,13 +74,18 @@ def create_sqlite_engine(url: URL) -> Engine:
             f"this Python has SQLite {found}, at least {'.'.join(map(str, MINIMUM_VERSION))} is needed"
         )
     options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}, "hide_parameters": True}
-    if url.database in (None, "", ":memory:") or ":memory:" in url.database or url.query.get("mode") == "memory":
+    if is_in_memory(url):
         # One connection is the database: it is lent to one thread at a time, and never closed.
         options["connect_args"]["check_same_thread"] = False
         options.update(poolclass=QueuePool, pool_size=1, max_overflow=0, pool_timeout=BUSY_TIMEOUT_SECONDS)
     engine = create_engine(url, **options)
     event.listen(engine, "connect", _set_pragmas)
     return engine
+
+
+def is_in_memory(url: URL) -> bool:
+    """Whether this URL names no file."""
+    return url.database in (None, "", ":memory:") or ":memory:" in url.database or url.query.get("mode") == "memory"
 
 
 def _set_pragmas(connection: Any, _record: object) -> None:

@@ -64,15 +64,17 @@ class Statements:
         self.insert_transition = insert(transitions)
         self.insert_attempt = insert(attempts)
 
+        is_due = (
+            executions.c.status.in_(bindparam("the_statuses", expanding=True))
+            & (executions.c.run_at <= statement_now())
+            & executions.c.template_name.in_(bindparam("the_templates", expanding=True))
+            # The literal condition is the index's own; the parameter above cannot be matched with it.
+            & executions.c.status.in_([_literal(FlowStatus.SCHEDULED), _literal(FlowStatus.RESCHEDULED)])
+        )
+        is_of_queues = executions.c.queue.in_(bindparam("the_queues", expanding=True))
         due = (
             select(executions.c.execution_id)
-            .where(
-                executions.c.status.in_(bindparam("the_statuses", expanding=True)),
-                executions.c.run_at <= statement_now(),
-                executions.c.template_name.in_(bindparam("the_templates", expanding=True)),
-                # The literal condition is the index's own; the parameter above cannot be matched with it.
-                executions.c.status.in_([_literal(FlowStatus.SCHEDULED), _literal(FlowStatus.RESCHEDULED)]),
-            )
+            .where(is_due)
             .order_by(executions.c.priority.desc(), executions.c.run_at, executions.c.execution_id)
             .limit(bindparam("the_limit", type_=Integer()))
         )
@@ -87,11 +89,49 @@ class Statements:
             "updated_at": now,
         }
         self.claim_due = database.claim(executions, due).values(claimed).returning(*executions.c)
+        self.claim_due_of_queues = (
+            database.claim(executions, due.where(is_of_queues)).values(claimed).returning(*executions.c)
+        )
         self.claim_one = (
             update(executions)
             .where(is_it, executions.c.status.in_([FlowStatus.SCHEDULED.value, FlowStatus.RESCHEDULED.value]))
             .values(claimed)
             .returning(*executions.c)
+        )
+
+        is_running = executions.c.status == _literal(FlowStatus.RUNNING)  # a literal, as the index has it
+        is_one_of = executions.c.execution_id.in_(bindparam("the_ids", expanding=True))
+        self.renew = (
+            database.claim(
+                executions,
+                select(executions.c.execution_id).where(
+                    is_one_of, is_running, executions.c.lease_owner == bindparam("the_worker")
+                ),
+            )
+            .values(lease_expires_at=lease_end)
+            .returning(executions.c.execution_id, executions.c.epoch)
+        )
+        self.holders = select(executions.c.execution_id, executions.c.epoch).where(is_one_of, is_running)
+        self.lock_free = database.lock_free(select(executions.c.execution_id).where(is_one_of))
+        self.lock_expired = database.lock_free(
+            select(executions)
+            .where(
+                is_running,
+                executions.c.lease_expires_at < statement_now(),
+                executions.c.template_name.in_(bindparam("the_templates", expanding=True)),
+            )
+            .order_by(executions.c.execution_id)
+            .limit(bindparam("the_limit", type_=Integer()))
+        )
+        self.count_running_of_templates = (
+            select(executions.c.template_name, func.count())
+            .where(is_running, executions.c.template_name.in_(bindparam("the_names", expanding=True)))
+            .group_by(executions.c.template_name)
+        )
+        self.count_running_of_queues = (
+            select(executions.c.queue, func.count())
+            .where(is_running, executions.c.queue.in_(bindparam("the_names", expanding=True)))
+            .group_by(executions.c.queue)
         )
 
         started: dict[str, Any] = {

@@ -79,6 +79,18 @@ class UnitOfWork:
         """Whether its transaction is still the one it began, and can be committed."""
         return self._transaction is not None and self._transaction.is_active
 
+    def is_lost(self) -> bool:
+        """Whether the database has dropped the connection, and with it whatever was not committed."""
+        return not self.connection.closed and self.connection.invalidated  # a closed one says invalidated, too
+
+    def announce(self, channel: str) -> None:
+        """Tell those who listen that something is due, once this transaction commits; nothing where nobody can."""
+        self._database.announce(self.connection, channel)
+
+    def try_lock(self, name: str) -> bool:
+        """Take a lock of this name until the transaction ends; False where another transaction has it."""
+        return self._database.try_lock(self.connection, f"{self._statements.tables.metadata.schema or ''} {name}")
+
     def session(self) -> Session:
         """A Session within this transaction, for a transactional task.
 
