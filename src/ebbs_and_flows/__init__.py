@@ -42,6 +42,8 @@ from ebbs_and_flows.executions import (
     TaskExecution,
     TaskStatus,
 )
+from ebbs_and_flows.health import InFlight, WorkerHealth
+from ebbs_and_flows.logs import AttemptLogFilter
 from ebbs_and_flows.pickle_codec import PickleCodec
 from ebbs_and_flows.retries import RetryPolicy
 from ebbs_and_flows.runner import FlowRunner
@@ -49,8 +51,10 @@ from ebbs_and_flows.service import FlowService
 from ebbs_and_flows.stopping import raise_if_stop_requested, stop_requested, wait_for_stop
 from ebbs_and_flows.tasks import FunctionTask, Task, TaskDataItem, TransactionalTask, task
 from ebbs_and_flows.templates import FlowTemplate
+from ebbs_and_flows.worker import Worker
 
 __all__ = [
+    "AttemptLogFilter",
     "DatabaseUrlError",
     "DuplicateEntryError",
     "DuplicateTemplateError",
@@ -67,6 +71,7 @@ __all__ = [
     "FlowTransition",
     "FrozenContextError",
     "FunctionTask",
+    "InFlight",
     "InvalidArgumentError",
     "InvalidContextError",
     "InvalidEntryError",
@@ -96,6 +101,8 @@ __all__ = [
     "UnknownTypeError",
     "UnserializableValueError",
     "ValueCodec",
+    "Worker",
+    "WorkerHealth",
     "WorkerStateError",
     "raise_if_stop_requested",
     "register_codec",

@@ -96,6 +96,13 @@ def valid_lease_seconds(lease_seconds: float) -> float:
     return float(lease_seconds)
 
 
+def valid_seconds(argument: str, seconds: float, least: float = 0.001) -> float:
+    """A number of seconds, from `least` to ten years."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not least <= seconds <= MAX_WAIT_SECONDS:
+        raise InvalidArgumentError(argument, seconds, f"a number of seconds from {least:g} to ten years")
+    return float(seconds)
+
+
 def valid_reason(reason: str | None) -> str | None:
     """A free text, or none."""
     if reason is None:

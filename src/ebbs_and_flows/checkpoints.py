@@ -119,6 +119,8 @@ class Recorded:
     at: datetime
     attempt: TaskExecution | None
     lease_expires_at: datetime | None
+    then: NextAttempt | Rest
+    """What followed."""
 
 
 def with_context(execution: FlowExecution, context: ExecutionContext) -> FlowExecution:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import weakref
@@ -11,9 +10,8 @@ from dataclasses import dataclass
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from ebbs_and_flows.logs import logger
 from ebbs_and_flows.service import FlowService
-
-logger = logging.getLogger("ebbs_and_flows")
 
 RENEWALS_PER_LEASE = 3
 """A lease is renewed when a third of it is over, so that one renewal may fail without its loss."""

@@ -27,9 +27,10 @@ from ebbs_and_flows.errors import (
 )
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowExecution, FlowStatus
 from ebbs_and_flows.leases import LeaseKeeper
+from ebbs_and_flows.logs import log_claim
 from ebbs_and_flows.names import valid_name
 from ebbs_and_flows.service import FlowService
-from ebbs_and_flows.stepper import Stepper, log_claim
+from ebbs_and_flows.stepper import Stepper
 from ebbs_and_flows.stopping import NO_LONGER_HELD, SIGNAL, StopSignal
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate

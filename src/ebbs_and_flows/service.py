@@ -50,7 +50,7 @@ from ebbs_and_flows.executions import (
 )
 from ebbs_and_flows.names import MAX_NAME_LENGTH, valid_name
 from ebbs_and_flows.persistence.contexts import NO_CONTEXT
-from ebbs_and_flows.persistence.databases import create_engine_for, database_of
+from ebbs_and_flows.persistence.databases import capacity_of, create_engine_for, database_of
 from ebbs_and_flows.persistence.repositories import NewExecution
 from ebbs_and_flows.persistence.statements import Statements
 from ebbs_and_flows.persistence.tables import build_tables
@@ -634,7 +634,7 @@ class FlowService:
         if ended.failure is not checkpoint.end.failure:
             return None
         at = ended.finished_at or execution.updated_at
-        return Recorded(at, attempts.get(checkpoint.step + 1), execution.lease_expires_at)
+        return Recorded(at, attempts.get(checkpoint.step + 1), execution.lease_expires_at, checkpoint.then)
 
     def run_in_transaction(self, body: Callable[[Session, UnitOfWork], Checkpoint]) -> Recorded | None:
         """Run a body whose effects and checkpoint commit together. What it raises rolls both back and is raised on.
@@ -712,6 +712,25 @@ class FlowService:
                 self._announce(work)
             work.commit()
         return became
+
+    @property
+    def has_one_writer(self) -> bool:
+        """Whether the database lets one transaction write at a time, as SQLite does."""
+        return self._database.name == "sqlite"
+
+    @property
+    def connections(self) -> int | None:
+        """How many connections the engine's pool gives out at once; `None` where it has no bound.
+
+        Raises:
+            DatabaseUrlError: its pool lets threads share a connection.
+        """
+        return capacity_of(self.engine)
+
+    @property
+    def can_listen(self) -> bool:
+        """Whether workers on this service can be told at once that something is due."""
+        return self._database.can_listen(self.engine)
 
     @property
     def channel(self) -> str:

@@ -9,6 +9,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded, Rest, Verdict
 from ebbs_and_flows.executions import FlowExecution, FlowStatus, TaskStatus
+from ebbs_and_flows.logs import log_claim, log_verdict, logger
 from ebbs_and_flows.outcomes import Failed, run_body
 from ebbs_and_flows.persistence.databases import is_refusal
 from ebbs_and_flows.service import FlowService
@@ -16,8 +17,6 @@ from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate
 from ebbs_and_flows.transactions import Transactions, Written
 from ebbs_and_flows.verdicts import STOPPED, checkpoint_of, claim_after, judge, limit_of
-
-logger = logging.getLogger("ebbs_and_flows")
 
 OUTAGE_WAITS_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0)
 """The waits between tries to write a checkpoint: some 20 seconds in all, for a server that restarts or fails over."""
@@ -131,31 +130,3 @@ def refused(claim: Claim, task: Task, error: Exception) -> Verdict:
     assert attempt is not None, "only an open attempt can end"
     note = "The database refused to store what the task returned."
     return judge(task, Failed(error, may_retry=False, note=note), claim.counts_of(attempt.name))
-
-
-def log_verdict(claim: Claim, verdict: Verdict) -> None:
-    """Log how the open attempt of a claim has ended."""
-    if verdict.succeeded:
-        log_claim(claim, "succeeded")
-    else:
-        log_claim(claim, "failed with %s", verdict.reason or verdict.end.error_type, level=logging.WARNING)
-
-
-def log_claim(claim: Claim, message: str, *values: object, level: int = logging.DEBUG) -> None:
-    """Log what became of an attempt, with its execution, task and number as fields of the record."""
-    if not logger.isEnabledFor(level):
-        return
-    execution, attempt = claim.execution, claim.attempt
-    about = {
-        "execution_id": execution.execution_id,
-        "template": execution.template_name,
-        "task": attempt.name if attempt is not None else None,
-        "attempt": attempt.attempt if attempt is not None else None,
-    }
-    logger.log(
-        level,
-        "execution %s of %s, task %s, attempt %s: " + message,  # noqa: G003  # the beginning all records share
-        *about.values(),
-        *values,
-        extra=about,
-    )

@@ -267,7 +267,7 @@ def record(work: UnitOfWork, checkpoint: Checkpoint) -> Recorded | None:
             worker=checkpoint.worker,
         )
         work.attempts.add(attempt, checkpoint.epoch)
-        return Recorded(at, attempt, lease_expires_at)
+        return Recorded(at, attempt, lease_expires_at, then)
     rested_at = work.executions.rest(checkpoint, then)
     if rested_at is None:
         return None
@@ -285,7 +285,7 @@ def record(work: UnitOfWork, checkpoint: Checkpoint) -> Recorded | None:
         ),
         then.task_index,
     )
-    return Recorded(rested_at, None, None)
+    return Recorded(rested_at, None, None, then)
 
 
 def index_reached(work: UnitOfWork, execution: FlowExecution, task_name: str) -> int:

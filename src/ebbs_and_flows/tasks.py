@@ -163,6 +163,10 @@ class FunctionTask(Task, Generic[P, R]):
     def __repr__(self) -> str:
         return f"<task {self.name!r}>"
 
+    def __reduce__(self) -> str:
+        # To another process goes the name under which its module has it, never the function.
+        return str(self.__dict__["__qualname__"])
+
     def inputs(self) -> Sequence[TaskDataItem]:
         return self._inputs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded, Verdict
 from ebbs_and_flows.errors import TaskResultError
+from ebbs_and_flows.logs import logger
 from ebbs_and_flows.outcomes import Failed, Limit, Outcome, Success, run_body
 from ebbs_and_flows.persistence.databases import is_lost_savepoint, is_refusal
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
@@ -19,8 +19,6 @@ from ebbs_and_flows.service import CommitRefusedError, FlowService
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate
 from ebbs_and_flows.verdicts import checkpoint_of, judge, judge_lost
-
-logger = logging.getLogger("ebbs_and_flows")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import URL, Connection, Engine, Select, Table, Update, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError
+from sqlalchemy.pool import QueuePool, SingletonThreadPool, StaticPool
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.postgresql import PostgreSQL, create_postgresql_engine
@@ -60,6 +61,24 @@ def database_of(engine: Engine) -> Database:
     if engine.dialect.name == "postgresql":
         return PostgreSQL()
     raise DatabaseUrlError(f"flows are kept in PostgreSQL or SQLite, not in {engine.dialect.name}")
+
+
+def capacity_of(engine: Engine) -> int | None:
+    """How many connections the engine's pool gives out at once; `None` where it has no bound.
+
+    Raises:
+        DatabaseUrlError: its pool lets threads share a connection, and with it a transaction.
+    """
+    pool = engine.pool
+    if isinstance(pool, (StaticPool, SingletonThreadPool)):
+        raise DatabaseUrlError(
+            f"a worker's threads need connections of their own, and this engine's {type(pool).__name__} gives none: "
+            "use a QueuePool, or FlowService('sqlite://') for a database in memory"
+        )
+    if not isinstance(pool, QueuePool):
+        return None
+    overflow = int(getattr(pool, "_max_overflow", 0))
+    return None if overflow < 0 or pool.size() == 0 else pool.size() + overflow
 
 
 def is_refusal(error: DBAPIError) -> bool:

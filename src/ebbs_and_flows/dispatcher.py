@@ -1,0 +1,515 @@
+"""Dispatcher: the one thread of a worker that writes: it claims, starts bodies, and records what came of them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded, Rest, Verdict
+from ebbs_and_flows.errors import UnknownExecutionError
+from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowStatus
+from ebbs_and_flows.executors import ExecutorLane, slots_of
+from ebbs_and_flows.lanes import Lane, LocalLane, Run
+from ebbs_and_flows.leases import LeaseKeeper
+from ebbs_and_flows.logs import about, log_claim, log_verdict, logger
+from ebbs_and_flows.persistence.databases import is_refusal
+from ebbs_and_flows.runner import FlowRunner
+from ebbs_and_flows.stepper import Stepper, refused
+from ebbs_and_flows.stopping import NO_LONGER_HELD, PAST_LIMIT, WORKER_STOPS
+from ebbs_and_flows.transactions import Transactions, Written
+from ebbs_and_flows.verdicts import STOPPED, checkpoint_of, claim_after, judge, start_over
+
+INTERRUPT_SECONDS = 1.0
+"""How long a body that was cancelled or killed at its limit is given to end, before its attempt is ended without it."""
+
+LAST_WORDS_SECONDS = 5.0
+"""How long, after its grace period, a worker tries to hand back what it holds before it leaves it to its leases."""
+
+CLAIM_BATCH = 100
+"""How many executions are claimed in one transaction at most, so that none of them waits long for its first task."""
+
+OUTAGE_WAITS_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
+"""The waits between tries while the database does not answer; the last one repeats."""
+
+RETRY_MARGIN_SECONDS = 0.01
+"""Added to the wait for a retry, so that it is due by the database's clock as well when it is looked for."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How a worker works; see `Worker`."""
+
+    name: str
+    concurrency: int
+    lease_seconds: float
+    queues: tuple[str, ...]
+    max_in_flight: Mapping[str, int]
+    executor: Executor | Callable[[], Executor] | None
+    poll_seconds: float
+    transaction_slots: int
+
+
+class Outage:
+    """Whether the database answers, and when it is to be tried again."""
+
+    def __init__(self) -> None:
+        self.error: str | None = None
+        self.until = 0.0
+        self.answered_at = time.monotonic()
+        self._tries = 0
+
+    def note(self, error: Exception) -> None:
+        """It does not answer, or not as it should."""
+        seconds = OUTAGE_WAITS_SECONDS[min(self._tries, len(OUTAGE_WAITS_SECONDS) - 1)]
+        self._tries += 1
+        # Spread out, so that all workers do not come back to a server that has just started in the same moment.
+        self.until = time.monotonic() + seconds * random.uniform(0.75, 1.25)
+        self.error = str(error.orig) if isinstance(error, DBAPIError) else str(error)
+        logger.warning("the database does not answer as it should, trying again in %.2f s: %s", seconds, self.error)
+
+    def over(self) -> None:
+        """It has answered."""
+        if self.error is not None:
+            logger.info("the database answers again")
+        self.error = None
+        self._tries = 0
+        self.answered_at = time.monotonic()
+
+
+class Dispatcher:
+    """Runs a worker's executions, from `loop` to its return. One is used once.
+
+    Bodies run elsewhere (`Lane`); what they have to say, what the lease keeper and the listener notice, and what other
+    threads ask for comes in as functions through one inbox, and is done in the loop's thread. So nothing here is
+    locked.
+    """
+
+    def __init__(self, runner: FlowRunner, settings: WorkerSettings) -> None:
+        self._runner = runner
+        self._service = runner.service
+        self._settings = settings
+        # SimpleQueue.put may be called from a signal's handler, whatever the interrupted thread is doing.
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.runs: dict[int, Run] = {}
+        self.counts: Counter[str] = Counter()
+        self.outage = Outage()
+        self.turned_at = time.monotonic()
+        self.is_stopping = False
+        self.failure: str | None = None
+        """Why it stopped by itself."""
+        self._stop_grace: float | None = None
+        self._stops_at = 0.0
+        self._unwritten: list[tuple[Run, Verdict]] = []
+        self._may_have_strays = False
+        self._has_more = True
+        self._next_claim_at = 0.0
+        self._next_recovery_at = 0.0
+        self._leases = LeaseKeeper(
+            self._service, lease_seconds=settings.lease_seconds, look_seconds=settings.poll_seconds
+        )
+        self._stepper = Stepper(
+            self._service, runner.templates, lease_seconds=settings.lease_seconds, sleep=lambda _seconds: None
+        )
+        transactions = Transactions(
+            self._service, lease_seconds=settings.lease_seconds, sleep=time.sleep, waits=_waits_without_end
+        )
+        self._local = LocalLane(
+            settings.concurrency,
+            settings.lease_seconds,
+            transactions=transactions,
+            transaction_slots=settings.transaction_slots,
+            goes_on=lambda: not self.is_stopping,
+            ended=lambda run, result: self._inbox.put(partial(self._body_ended, run, result)),
+        )
+        self._remote: ExecutorLane | None = None
+        if settings.executor is not None:
+            self._remote = ExecutorLane(
+                settings.executor,
+                slots_of(settings.executor, settings.concurrency),
+                settings.lease_seconds,
+                is_stopping=lambda: self.is_stopping,
+                post=self._inbox.put,
+                ended=self._body_ended,
+                on_dead=self._executor_is_dead,
+            )
+
+    # --- from other threads -------------------------------------------------------------------------------------------
+
+    def stop(self, grace_seconds: float) -> None:
+        """Claim nothing more, and end when what is held is finished or handed back; a shorter grace replaces a longer
+        one. May be called from any thread and from a signal's handler.
+        """
+        if self._stop_grace is None or grace_seconds < self._stop_grace:
+            self._stop_grace = grace_seconds
+        self._inbox.put(None)
+
+    def wake(self) -> None:
+        """Something may be due: look for it at once."""
+        self._inbox.put(self._look_for_more)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def loop(self, *, until_idle: bool) -> None:
+        """Run executions until stopped, or until nothing is left to do. Raises nothing that the database says."""
+        try:
+            while not self._turn(until_idle=until_idle):
+                self._receive()
+        finally:
+            self._leases.stop()
+            for lane in self._lanes:
+                lane.close()
+
+    def _turn(self, *, until_idle: bool) -> bool:
+        """Do all that there is to do now; whether that was the last."""
+        now = self.turned_at = time.monotonic()
+        self._stop_if_asked(now)
+        self._end_what_is_past_its_limit(now)
+        is_done = False
+        if now >= self.outage.until:
+            try:
+                self._write()
+                self._hand_back_strays()
+                self._recover(now)
+                self._claim(now)
+                is_done = until_idle and self._is_idle(now)
+                self.outage.over()
+            except SQLAlchemyError as error:
+                self.outage.note(error)
+            except Exception as error:
+                logger.exception("a worker's turn failed, which should not be; it goes on")
+                self.outage.note(error)
+        if self.is_stopping:
+            is_over = not self.runs and not self._unwritten
+            return is_over or time.monotonic() > self._stops_at + LAST_WORDS_SECONDS
+        return is_done
+
+    def _receive(self) -> None:
+        """Wait for something to do, and take in all that has arrived."""
+        try:
+            message = self._inbox.get(timeout=self._seconds_to_wait())
+            while True:
+                if message is not None:
+                    message()
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _seconds_to_wait(self) -> float:
+        now = time.monotonic()
+        times = [max(self.outage.until, now if self._unwritten else min(self._next_claim_at, self._next_recovery_at))]
+        if self._has_more and len(self.runs) < self._settings.concurrency and not self.is_stopping:
+            times.append(self.outage.until)
+        if self.is_stopping:
+            times += [each for each in (self._stops_at, self._stops_at + LAST_WORDS_SECONDS) if each > now]
+        for lane in self._lanes:
+            times += [run.deadline for run in lane.limited if run.deadline is not None]
+            seconds = lane.start_what_can()
+            if seconds is not None:
+                times.append(now + seconds)
+        if self._unwritten and self.outage.until <= now:
+            return 0.02  # somebody has locked what is to be written
+        return max(0.0, min(times) - now)
+
+    @property
+    def _lanes(self) -> list[Lane]:
+        return [self._local] if self._remote is None else [self._local, self._remote]
+
+    # --- claim, start -------------------------------------------------------------------------------------------------
+
+    def _look_for_more(self) -> None:
+        self._has_more = True
+
+    def _claim(self, now: float) -> None:
+        free = min(self._settings.concurrency - len(self.runs), CLAIM_BATCH)
+        if self.is_stopping or free < 1 or not (self._has_more or now >= self._next_claim_at):
+            return
+        self._has_more = False
+        self._next_claim_at = now + self._settings.poll_seconds
+        try:
+            claims = self._service.claim(
+                self._runner.templates,
+                RUNNABLE_STATUSES,
+                self._settings.name,
+                lease_seconds=self._settings.lease_seconds,
+                limit=free,
+                queues=self._settings.queues,
+                max_in_flight=self._settings.max_in_flight,
+            )
+        except BaseException:
+            self._may_have_strays = True  # it may have been committed without an answer
+            self._has_more = True
+            raise
+        self._has_more = len(claims) == free
+        self.counts["claimed"] += len(claims)
+        for claim in claims:
+            if claim.attempt is None:
+                self._note_rest(claim, claim.execution.status, None)
+            else:
+                execution = claim.execution
+                on_lost = partial(self._inbox.put, partial(self._lose, execution.execution_id, execution.epoch))
+                self._leases.hold(self._settings.name, execution.execution_id, execution.epoch, on_lost)
+                self._start(claim)
+
+    def _start(self, claim: Claim, *, alone: bool = False) -> None:
+        """Start the open attempt of a claim; while the worker stops, hand it back instead."""
+        attempt = claim.attempt
+        assert attempt is not None, "only an open attempt can be started"
+        template = self._runner.templates[claim.execution.template_name]
+        task = template.get_task(attempt.task_index)
+        assert task is not None, "attempts are started at tasks of the template"
+        lost = claim.counts_of(attempt.name).lost
+        # One more loss would park it. That is to be its own doing: so it runs alone, and nobody else is suspected.
+        is_last_chance = lost > 0 and lost + 1 >= task.retry.max_crashes
+        run = Run(claim, template, task, alone=alone or is_last_chance)
+        self.runs[run.execution_id] = run
+        if self.is_stopping:
+            self._settle(run, STOPPED)
+            return
+        log_claim(claim, "started")
+        self._lane_of(run).add(run)
+
+    def _lane_of(self, run: Run) -> Lane:
+        if self._remote is None or run.task.is_transactional or run.task.is_async:
+            return self._local
+        return self._remote
+
+    # --- how attempts end ---------------------------------------------------------------------------------------------
+
+    def _body_ended(self, run: Run, result: Verdict | Written) -> None:
+        self._lane_of(run).ended(run)
+        if run.is_settled:
+            return
+        if run.is_past_limit:
+            self._settle_past_limit(run)
+        elif isinstance(result, Written):
+            run.is_settled = True
+            self._recorded(run, result.verdict, result.recorded)
+        else:
+            self._settle(run, result)
+
+    def _settle(self, run: Run, verdict: Verdict) -> None:
+        run.is_settled = True
+        self._unwritten.append((run, verdict))
+
+    def _settle_past_limit(self, run: Run) -> None:
+        assert run.limit is not None, "only a body that has begun has a limit"
+        self._settle(run, judge(run.task, run.limit.reached(), run.claim.counts_of(run.name)))
+
+    def _end_what_is_past_its_limit(self, now: float) -> None:
+        for run in [run for lane in self._lanes for run in lane.limited]:
+            assert run.deadline is not None, "it is among those that have one"
+            if run.is_settled:
+                self._lane_of(run).limited.discard(run)
+            if run.is_settled or now < run.deadline:
+                continue
+            if run.is_past_limit:  # it was interrupted and has not ended: it does not react
+                self._settle_past_limit(run)
+                continue
+            run.is_past_limit = True
+            run.signal.set(PAST_LIMIT)
+            if self._lane_of(run).interrupt(run):
+                run.deadline = now + INTERRUPT_SECONDS
+            elif self._holds_the_write_lock(run):
+                self._lane_of(run).limited.discard(run)
+            else:
+                self._settle_past_limit(run)
+
+    def _holds_the_write_lock(self, run: Run) -> bool:
+        """Whether nothing can be written before this body has ended: it notices its limit by itself then."""
+        return run.task.is_transactional and self._service.has_one_writer and run in self._local.active
+
+    def _lose(self, execution_id: int, epoch: int) -> None:
+        """The lease keeper says that an execution is not held any more."""
+        run = self.runs.get(execution_id)
+        if run is None or run.claim.execution.epoch != epoch:
+            return
+        run.signal.set(NO_LONGER_HELD)
+        if run.is_settled or (run.task.is_transactional and run in self._local.active):
+            return  # what it has to say is being written, and will be refused
+        log_claim(run.claim, "dropped, the execution was cancelled or is no longer held here", level=logging.WARNING)
+        if run.task.is_async and self._lane_of(run) is self._local:
+            self._local.interrupt(run)
+        run.is_settled = True
+        self.counts["refused"] += 1
+        self._drop(run)
+
+    def _drop(self, run: Run) -> None:
+        self.runs.pop(run.execution_id, None)
+        self._leases.release(self._settings.name, run.execution_id)
+        if self._settings.max_in_flight or run.template.max_in_flight is not None:
+            self._has_more = True  # there is room for one more of these
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        """Record all ends that have arrived in one transaction. What somebody has locked just now stays for later."""
+        if not self._unwritten:
+            return
+        batch = {run.execution_id: (run, verdict) for run, verdict in self._unwritten}
+        # In the order of their ids: of two that lock several, neither can wait for the other.
+        checkpoints = [self._checkpoint(*batch[execution_id]) for execution_id in sorted(batch)]
+        try:
+            recorded = self._service.checkpoint_free(checkpoints)
+        except DBAPIError as error:
+            if not is_refusal(error):
+                for run, _verdict in self._unwritten:
+                    run.was_tried = True
+                raise
+            recorded = self._write_singly(checkpoints, batch)
+        except SQLAlchemyError:
+            raise
+        except Exception:  # of one of them, whatever it is; the others are to be written
+            logger.exception("checkpoints could not be written together")
+            recorded = self._write_singly(checkpoints, batch)
+        self._unwritten = [each for each in self._unwritten if each[0].execution_id not in recorded]
+        by_id = {checkpoint.execution_id: checkpoint for checkpoint in checkpoints}
+        for execution_id, written in recorded.items():
+            run, verdict = batch[execution_id]
+            is_unsure = written is None and run.was_tried
+            self._recorded(run, verdict, self._read_back(by_id[execution_id]) if is_unsure else written)
+
+    def _checkpoint(self, run: Run, verdict: Verdict) -> Checkpoint:
+        lease_seconds = self._settings.lease_seconds
+        if run.starts_over is not None:
+            if not self.is_stopping:
+                return start_over(run.claim, run.starts_over, lease_seconds)
+            verdict = STOPPED
+        return checkpoint_of(run.claim, run.template, verdict, lease_seconds, goes_on=not self.is_stopping)
+
+    def _write_singly(
+        self, checkpoints: list[Checkpoint], batch: dict[int, tuple[Run, Verdict]]
+    ) -> dict[int, Recorded | None]:
+        """Record each end by itself; what the database will never store is recorded as that attempt's failure."""
+        recorded: dict[int, Recorded | None] = {}
+        for checkpoint in checkpoints:
+            run, verdict = batch[checkpoint.execution_id]
+            try:
+                recorded.update(self._service.checkpoint_free([checkpoint]))
+            except DBAPIError as error:
+                if not is_refusal(error):
+                    raise
+                if not verdict.succeeded:
+                    logger.exception("execution %s: its end cannot be recorded", run.execution_id)
+                    recorded[run.execution_id] = None
+                    continue
+                verdict = refused(run.claim, run.task, error)
+                batch[run.execution_id] = (run, verdict)
+                recorded.update(self._service.checkpoint_free([self._checkpoint(run, verdict)]))
+            except SQLAlchemyError:
+                raise
+            except Exception:
+                logger.exception("execution %s: its end cannot be recorded", run.execution_id)
+                recorded[run.execution_id] = None
+        return recorded
+
+    def _read_back(self, checkpoint: Checkpoint) -> Recorded | None:
+        try:
+            return self._service.outcome_of(checkpoint)
+        except UnknownExecutionError:
+            return None
+
+    def _recorded(self, run: Run, verdict: Verdict, recorded: Recorded | None) -> None:
+        """Go on from what was written."""
+        if recorded is None:
+            log_claim(run.claim, "refused, the execution is no longer held here", level=logging.WARNING)
+            self.counts["refused"] += 1
+            self._drop(run)
+            return
+        self.counts["attempts"] += 1
+        log_verdict(run.claim, verdict)
+        claim = claim_after(run.claim, verdict, recorded)
+        if claim.attempt is not None:
+            self._start(claim, alone=run.alone and run.starts_over is not None)
+            return
+        self._drop(run)
+        then = recorded.then
+        assert isinstance(then, Rest), "without another attempt the execution has come to rest"
+        self._note_rest(run.claim, then.status, then.reason)
+        if then.status is FlowStatus.RESCHEDULED:
+            self._next_claim_at = min(self._next_claim_at, time.monotonic() + then.wait_seconds + RETRY_MARGIN_SECONDS)
+
+    def _note_rest(self, claim: Claim, status: FlowStatus, reason: str | None) -> None:
+        self.counts[status.value] += 1
+        logger.info(
+            "execution %s of %s is %s%s",
+            claim.execution.execution_id,
+            claim.execution.template_name,
+            status,
+            f": {reason}" if reason else "",
+            extra=about(claim),
+        )
+
+    # --- what others have left ----------------------------------------------------------------------------------------
+
+    def _recover(self, now: float) -> None:
+        if self.is_stopping or now < self._next_recovery_at:
+            return
+        self._next_recovery_at = now + self._settings.poll_seconds
+        became = self._service.recover_expired(self._runner.templates)
+        self.counts["recovered"] += len(became)
+        for execution_id, status in became.items():
+            logger.warning("execution %s: its worker's lease has expired, it is %s now", execution_id, status)
+        if became:
+            self._has_more = True
+
+    def _hand_back_strays(self) -> None:
+        """Hand back what is held under this worker's name and does not run: claims whose answer was lost."""
+        if not self._may_have_strays:
+            return
+        for execution in self._service.held_by(self._settings.name):
+            if execution.execution_id not in self.runs:
+                logger.warning("execution %s was claimed without an answer, handed back", execution.execution_id)
+                self._stepper.hand_back(execution)
+        self._may_have_strays = False
+        self._has_more = True
+
+    def _is_idle(self, now: float) -> bool:
+        """Whether nothing is in flight, nothing is due, and no retry is to come."""
+        if self.runs or self._unwritten or self._has_more:
+            return False
+        seconds = self._service.seconds_until_next(self._runner.templates, self._settings.queues)
+        if seconds is None:
+            return True
+        # What is due now and was not claimed is beyond a bound, or has come just now.
+        self._next_claim_at = min(self._next_claim_at, now + (seconds + RETRY_MARGIN_SECONDS if seconds else 0.1))
+        return False
+
+    # --- stopping -----------------------------------------------------------------------------------------------------
+
+    def _stop_if_asked(self, now: float) -> None:
+        if self._stop_grace is None:
+            return
+        if not self.is_stopping:
+            self.is_stopping = True
+            self._stops_at = now + self._stop_grace
+            logger.info("worker %s is stopping with %s executions in flight", self._settings.name, len(self.runs))
+            for run in list(self.runs.values()):
+                run.signal.set(WORKER_STOPS)
+                if run.began is None and not run.is_settled:
+                    self._settle(run, STOPPED)
+        self._stops_at = min(self._stops_at, now + self._stop_grace)
+        if now >= self._stops_at:
+            for run in list(self.runs.values()):
+                if not run.is_settled and not self._holds_the_write_lock(run):
+                    self._settle(run, STOPPED)
+                    self._lane_of(run).interrupt(run)
+
+    def _executor_is_dead(self) -> None:
+        self.failure = "its executor broke, and cannot be made anew: pass a function that makes one"
+        logger.error("worker %s stops: %s", self._settings.name, self.failure)
+        self._stop_grace = 0.0
+
+
+def _waits_without_end() -> Iterator[float]:
+    yield from OUTAGE_WAITS_SECONDS
+    while True:
+        yield OUTAGE_WAITS_SECONDS[-1]

@@ -1,0 +1,336 @@
+"""Lanes: where the bodies of attempts run in this process, and how many at once: threads, and one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ebbs_and_flows.checkpoints import Claim, Verdict
+from ebbs_and_flows.errors import StopRequestedError
+from ebbs_and_flows.logs import ABOUT, about
+from ebbs_and_flows.outcomes import Failed, Limit, Outcome, run_async_body, run_body
+from ebbs_and_flows.stopping import SIGNAL, WORKER_STOPS, StopSignal
+from ebbs_and_flows.tasks import Task
+from ebbs_and_flows.templates import FlowTemplate
+from ebbs_and_flows.transactions import Transactions, Written
+from ebbs_and_flows.verdicts import STOPPED, judge, limit_of
+
+
+@dataclass(eq=False)
+class Run:
+    """One attempt that a worker holds, from the claim or checkpoint that started it to the one that ends it."""
+
+    claim: Claim
+    template: FlowTemplate
+    task: Task
+    limit: Limit | None = None
+    """How long its body may take; set as it begins."""
+    signal: StopSignal = field(default_factory=StopSignal)
+    alone: bool = False
+    """Whether it is to run without any other beside it, because it may be what has crashed the process before."""
+    deadline: float | None = None
+    """When that is over, on `time.monotonic`."""
+    began: float | None = None
+    is_past_limit: bool = False
+    """Whether it was asked to end because its limit was reached."""
+    is_settled: bool = False
+    """Whether it is known how it ended; what its body still has to say is not heard."""
+    was_tried: bool = False
+    """Whether a checkpoint of it may have been committed without an answer."""
+    starts_over: str | None = None
+    """Why another attempt is to follow at once without blame, where the body was cut off by somebody else's fault."""
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        assert self.claim.attempt is not None, "a run has an open attempt"
+        return self.claim.attempt.name
+
+    @property
+    def execution_id(self) -> int:
+        """The execution's id."""
+        return self.claim.execution.execution_id
+
+
+Ended = Callable[[Run, "Verdict | Written"], None]
+"""Called from any thread when a body has ended."""
+
+
+class Lane(ABC):
+    """Admits runs to the places it has. All but the end of a body happens in the thread of the worker's loop.
+
+    A run that is to be alone waits until the lane is empty, and then nothing else is admitted until it has ended.
+
+    Args:
+        slots: how many bodies may run at once.
+        patience_seconds: how long a run that is to be alone waits for the others at most.
+    """
+
+    def __init__(self, slots: int, patience_seconds: float) -> None:
+        self.slots = slots
+        self.active: set[Run] = set()
+        self.limited: set[Run] = set()
+        """Those of them whose bodies have a time limit."""
+        self._patience_seconds = patience_seconds
+        self._waiting: deque[Run] = deque()
+        self._waiting_alone: deque[tuple[float, Run]] = deque()
+
+    def add(self, run: Run) -> None:
+        """Take a run, to be started as soon as there is a place for it."""
+        if run.alone:
+            self._waiting_alone.append((time.monotonic() + self._patience_seconds, run))
+        else:
+            self._waiting.append(run)
+        self.start_what_can()
+
+    def ended(self, run: Run) -> None:
+        """A body has ended, so that its place is free."""
+        self.active.discard(run)
+        self.limited.discard(run)
+        self.start_what_can()
+
+    def start_what_can(self) -> float | None:
+        """Start the runs there is a place for; in how many seconds this is to be asked again, if at all."""
+        while self._waiting_alone and self._waiting_alone[0][1].is_settled:
+            self._waiting_alone.popleft()
+        if any(run.alone for run in self.active):
+            return None
+        if self._waiting_alone:
+            until, run = self._waiting_alone[0]
+            now = time.monotonic()
+            if self.active and now < until:
+                return until - now
+            self._waiting_alone.popleft()
+            self._begin(run)
+            return None
+        while (run_or_none := self._next()) is not None:
+            self._begin(run_or_none)
+        return None
+
+    def _next(self) -> Run | None:
+        while self._waiting and len(self.active) < self.slots:
+            run = self._waiting.popleft()
+            if not run.is_settled:
+                return run
+        return None
+
+    def _begin(self, run: Run) -> None:
+        self.active.add(run)
+        run.began = time.monotonic()
+        run.limit = limit_of(run.claim, run.template, run.task, run.name)
+        if run.limit.seconds is not None:
+            run.deadline = run.began + run.limit.seconds
+            self.limited.add(run)
+        self._start(run)
+
+    @abstractmethod
+    def _start(self, run: Run) -> None:
+        """Start the run's body."""
+
+    @abstractmethod
+    def interrupt(self, run: Run) -> bool:
+        """Stop a body as well as it can be; whether it is going to end soon."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what the lane has; bodies that still run are left to themselves."""
+
+
+class LocalLane(Lane):
+    """Bodies in this process: functions in threads, coroutines on one event loop, transactional tasks in threads that
+    each take a connection of the engine's pool.
+
+    Args:
+        transactions, transaction_slots: what runs transactional tasks, and how many at once: the pool is shared with
+            the host and with the worker's own writing.
+        goes_on: whether the next task follows when one has succeeded.
+        ended: called from a body's thread at its end.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        patience_seconds: float,
+        *,
+        transactions: Transactions,
+        transaction_slots: int,
+        goes_on: Callable[[], bool],
+        ended: Ended,
+    ) -> None:
+        super().__init__(slots, patience_seconds)
+        self._transactions = transactions
+        self._transaction_slots = transaction_slots
+        self._waiting_transactions: deque[Run] = deque()
+        self._goes_on = goes_on
+        self._ended = ended
+        self._threads = BodyThreads()
+        self._loop = BodyLoop()
+
+    def add(self, run: Run) -> None:
+        if run.task.is_transactional and not run.alone:
+            self._waiting_transactions.append(run)
+            self.start_what_can()
+        else:
+            super().add(run)
+
+    def _next(self) -> Run | None:
+        while self._waiting_transactions and self._active_transactions < self._transaction_slots:
+            run = self._waiting_transactions.popleft()
+            if not run.is_settled:
+                return run
+        return super()._next()
+
+    @property
+    def _active_transactions(self) -> int:
+        return sum(1 for run in self.active if run.task.is_transactional)
+
+    def _start(self, run: Run) -> None:
+        if run.task.is_async and not run.task.is_transactional:
+            self._loop.start(run, lambda verdict: self._ended(run, verdict))
+        else:
+            self._threads.start(lambda: self._ended(run, contextvars.Context().run(self._body, run)))
+
+    def _body(self, run: Run) -> Verdict | Written:
+        SIGNAL.set(run.signal)
+        ABOUT.set(about(run.claim))
+        try:
+            if run.task.is_transactional:
+                assert run.limit is not None, "its body has begun"
+                return self._transactions.run(run.claim, run.template, run.task, limit=run.limit, goes_on=self._goes_on)
+            return verdict_of(run, run_body(run.task, run.name, run.claim.execution.execution_context))
+        except BaseException as error:  # also KeyboardInterrupt: in this thread it is the task's own doing
+            return verdict_of(run, Failed(error))
+
+    def interrupt(self, run: Run) -> bool:
+        if run.task.is_async and not run.task.is_transactional:
+            self._loop.cancel(run)
+            return True
+        return False
+
+    def close(self) -> None:
+        self._threads.close()
+        self._loop.close()
+
+
+def verdict_of(run: Run, outcome: Outcome) -> Verdict:
+    """The verdict on what came of a run's body; one that stopped because its worker is stopping is not to blame."""
+    is_told = isinstance(outcome, Failed) and isinstance(
+        outcome.exception, (StopRequestedError, asyncio.CancelledError)
+    )
+    if is_told and run.signal.why == WORKER_STOPS:
+        return STOPPED
+    return judge(run.task, outcome, run.claim.counts_of(run.name))
+
+
+class BodyThreads:
+    """Daemon threads that are used again. One whose body never returns is missed by nobody, and holds up no exit.
+
+    `concurrent.futures.ThreadPoolExecutor` would count such a thread among its workers, and wait for it at exit.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Run a job that raises nothing, at once, in a thread that has nothing to do or a new one."""
+        with self._lock:
+            is_idle = self._idle > 0
+            if is_idle:
+                self._idle -= 1
+        if not is_idle:
+            threading.Thread(target=self._serve, name="ebbs task", daemon=True).start()
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """End the threads that have nothing to do; the others end after what they do."""
+        with self._lock:
+            for _ in range(self._idle):
+                self._jobs.put(None)
+            self._idle = -(2**31)  # whoever comes back finds that nobody waits any more
+
+    def _serve(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                return
+            job()
+            del job
+            with self._lock:
+                if self._idle < 0:
+                    return
+                self._idle += 1
+
+
+class BodyLoop:
+    """One event loop in a thread of its own, started with the first coroutine."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: dict[Run, asyncio.Task[None]] = {}
+
+    def start(self, run: Run, ended: Callable[[Verdict], None]) -> None:
+        """Run the body of an `async def` task on the loop."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=_serve_loop, args=(self._loop,), name="ebbs async tasks", daemon=True).start()
+        self._loop.call_soon_threadsafe(self._begin, self._loop, run, ended)
+
+    def cancel(self, run: Run) -> None:
+        """Cancel a coroutine at its next await."""
+
+        def cancel() -> None:
+            task = self._tasks.get(run)
+            if task is not None:
+                task.cancel()
+
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(cancel)
+
+    def leave(self) -> None:
+        """Leave a loop that does not react any more to itself: the next coroutine starts on a new one."""
+        self._loop = None
+        self._tasks = {}
+
+    def close(self) -> None:
+        """Cancel what still runs and end the loop."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+    def _begin(self, loop: asyncio.AbstractEventLoop, run: Run, ended: Callable[[Verdict], None]) -> None:
+        self._tasks[run] = loop.create_task(self._body(run, ended), name=f"ebbs task {run.name}")
+
+    async def _body(self, run: Run, ended: Callable[[Verdict], None]) -> None:
+        SIGNAL.set(run.signal)
+        ABOUT.set(about(run.claim))
+        try:
+            outcome = await run_async_body(run.task, run.name, run.claim.execution.execution_context)
+            verdict = verdict_of(run, outcome)
+        except BaseException as error:  # a cancellation that came before the body began, or a hostile policy
+            verdict = verdict_of(run, Failed(error))
+        finally:
+            self._tasks.pop(run, None)
+        ended(verdict)
+
+
+def _serve_loop(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=1.0))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()

@@ -1,0 +1,68 @@
+"""Log records that say which attempt they are about, as fields for structured logging and in their text."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ebbs_and_flows.checkpoints import Claim, Verdict
+
+logger = logging.getLogger("ebbs_and_flows")
+"""The one logger of this library."""
+
+FIELDS = ("execution_id", "template", "task", "attempt")
+"""What every record about an attempt carries."""
+
+ABOUT: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar("ebbs_about_attempt", default=None)
+"""The fields of the attempt whose task runs in this thread or coroutine."""
+
+
+class AttemptLogFilter(logging.Filter):
+    """Gives every record the fields `execution_id`, `template`, `task` and `attempt`.
+
+    Put on a handler, it adds them to whatever is logged while a task runs, also by the task's own code and by other
+    libraries; to records from elsewhere it adds None, so that a format string may name them.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the fields that the record does not have yet; it always passes."""
+        about = ABOUT.get() or {}
+        for field in FIELDS:
+            if not hasattr(record, field):
+                setattr(record, field, about.get(field))
+        return True
+
+
+def about(claim: Claim) -> dict[str, Any]:
+    """The fields of a claim's open attempt."""
+    execution, attempt = claim.execution, claim.attempt
+    return {
+        "execution_id": execution.execution_id,
+        "template": execution.template_name,
+        "task": attempt.name if attempt is not None else None,
+        "attempt": attempt.attempt if attempt is not None else None,
+    }
+
+
+def log_verdict(claim: Claim, verdict: Verdict) -> None:
+    """Log how the open attempt of a claim has ended."""
+    if verdict.succeeded:
+        log_claim(claim, "succeeded")
+    else:
+        log_claim(claim, "failed with %s", verdict.reason or verdict.end.error_type, level=logging.WARNING)
+
+
+def log_claim(claim: Claim, message: str, *values: object, level: int = logging.DEBUG) -> None:
+    """Log what became of an attempt, with its execution, task and number as fields of the record."""
+    if not logger.isEnabledFor(level):
+        return
+    fields = about(claim)
+    logger.log(
+        level,
+        "execution %s of %s, task %s, attempt %s: " + message,  # noqa: G003  # the beginning all records share
+        *fields.values(),
+        *values,
+        extra=fields,
+    )
