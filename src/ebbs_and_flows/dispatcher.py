@@ -34,11 +34,17 @@ INTERRUPT_SECONDS = 1.0
 LAST_WORDS_SECONDS = 5.0
 """How long, after its grace period, a worker tries to hand back what it holds before it leaves it to its leases."""
 
+WRITE_BATCH = 1000
+"""How many ends of attempts are written in one transaction at most."""
+
 CLAIM_BATCH = 100
 """How many executions are claimed in one transaction at most, so that none of them waits long for its first task."""
 
 OUTAGE_WAITS_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 """The waits between tries while the database does not answer; the last one repeats."""
+
+LOCKED_SECONDS = (0.02, 1.0)
+"""The wait before what somebody had locked is written again: the first, and the longest, to which it doubles."""
 
 RETRY_MARGIN_SECONDS = 0.01
 """Added to the wait for a retry, so that it is due by the database's clock as well when it is looked for."""
@@ -109,6 +115,7 @@ class Dispatcher:
         self._stop_grace: float | None = None
         self._stops_at = 0.0
         self._unwritten: list[tuple[Run, Verdict]] = []
+        self._locked_seconds = LOCKED_SECONDS[0]
         self._may_have_strays = False
         self._has_more = True
         self._next_claim_at = 0.0
@@ -127,6 +134,7 @@ class Dispatcher:
             settings.lease_seconds,
             transactions=transactions,
             transaction_slots=settings.transaction_slots,
+            has_one_writer=self._service.has_one_writer,
             goes_on=lambda: not self.is_stopping,
             ended=lambda run, result: self._inbox.put(partial(self._body_ended, run, result)),
         )
@@ -174,7 +182,7 @@ class Dispatcher:
         self._stop_if_asked(now)
         self._end_what_is_past_its_limit(now)
         is_done = False
-        if now >= self.outage.until:
+        if now >= self.outage.until and not self._local.holds_the_write_lock:
             try:
                 self._write()
                 self._hand_back_strays()
@@ -182,6 +190,7 @@ class Dispatcher:
                 self._claim(now)
                 is_done = until_idle and self._is_idle(now)
                 self.outage.over()
+                self._local.allow_transactions()
             except SQLAlchemyError as error:
                 self.outage.note(error)
             except Exception as error:
@@ -215,8 +224,10 @@ class Dispatcher:
             seconds = lane.start_what_can()
             if seconds is not None:
                 times.append(now + seconds)
-        if self._unwritten and self.outage.until <= now:
-            return 0.02  # somebody has locked what is to be written
+        if self._local.holds_the_write_lock:
+            times = [each for each in times if each > now] or [now + self._settings.poll_seconds]
+        elif self._unwritten and self.outage.until <= now:
+            return self._locked_seconds  # somebody has locked what is to be written
         return max(0.0, min(times) - now)
 
     @property
@@ -270,6 +281,9 @@ class Dispatcher:
         # One more loss would park it. That is to be its own doing: so it runs alone, and nobody else is suspected.
         is_last_chance = lost > 0 and lost + 1 >= task.retry.max_crashes
         run = Run(claim, template, task, alone=alone or is_last_chance)
+        earlier = self.runs.get(run.execution_id)
+        if earlier is not None and earlier.claim.execution.epoch != claim.execution.epoch:
+            self._supersede(earlier)
         self.runs[run.execution_id] = run
         if self.is_stopping:
             self._settle(run, STOPPED)
@@ -288,11 +302,11 @@ class Dispatcher:
         self._lane_of(run).ended(run)
         if run.is_settled:
             return
-        if run.is_past_limit:
-            self._settle_past_limit(run)
-        elif isinstance(result, Written):
+        if isinstance(result, Written):
             run.is_settled = True
             self._recorded(run, result.verdict, result.recorded)
+        elif run.is_past_limit:
+            self._settle_past_limit(run)
         else:
             self._settle(run, result)
 
@@ -313,6 +327,7 @@ class Dispatcher:
                 continue
             if run.is_past_limit:  # it was interrupted and has not ended: it does not react
                 self._settle_past_limit(run)
+                self._lane_of(run).give_up(run)
                 continue
             run.is_past_limit = True
             run.signal.set(PAST_LIMIT)
@@ -322,10 +337,11 @@ class Dispatcher:
                 self._lane_of(run).limited.discard(run)
             else:
                 self._settle_past_limit(run)
+                self._lane_of(run).give_up(run)
 
     def _holds_the_write_lock(self, run: Run) -> bool:
         """Whether nothing can be written before this body has ended: it notices its limit by itself then."""
-        return run.task.is_transactional and self._service.has_one_writer and run in self._local.active
+        return self._local.holds_the_write_lock and run.task.is_transactional and run in self._local.active
 
     def _lose(self, execution_id: int, epoch: int) -> None:
         """The lease keeper says that an execution is not held any more."""
@@ -339,12 +355,21 @@ class Dispatcher:
         if run.task.is_async and self._lane_of(run) is self._local:
             self._local.interrupt(run)
         run.is_settled = True
+        self._lane_of(run).give_up(run)
         self.counts["refused"] += 1
         self._drop(run)
 
+    def _supersede(self, earlier: Run) -> None:
+        """Its lease had expired, it was recovered by somebody, and this worker has claimed it anew."""
+        earlier.signal.set(NO_LONGER_HELD)
+        earlier.is_settled = True
+        self._unwritten = [each for each in self._unwritten if each[0] is not earlier]
+        self._lane_of(earlier).give_up(earlier)
+
     def _drop(self, run: Run) -> None:
-        self.runs.pop(run.execution_id, None)
-        self._leases.release(self._settings.name, run.execution_id)
+        if self.runs.get(run.execution_id) is run:
+            del self.runs[run.execution_id]
+            self._leases.release(self._settings.name, run.execution_id)
         if self._settings.max_in_flight or run.template.max_in_flight is not None:
             self._has_more = True  # there is room for one more of these
 
@@ -354,7 +379,7 @@ class Dispatcher:
         """Record all ends that have arrived in one transaction. What somebody has locked just now stays for later."""
         if not self._unwritten:
             return
-        batch = {run.execution_id: (run, verdict) for run, verdict in self._unwritten}
+        batch = {run.execution_id: (run, verdict) for run, verdict in self._unwritten[:WRITE_BATCH]}
         # In the order of their ids: of two that lock several, neither can wait for the other.
         checkpoints = [self._checkpoint(*batch[execution_id]) for execution_id in sorted(batch)]
         try:
@@ -371,6 +396,8 @@ class Dispatcher:
             logger.exception("checkpoints could not be written together")
             recorded = self._write_singly(checkpoints, batch)
         self._unwritten = [each for each in self._unwritten if each[0].execution_id not in recorded]
+        is_locked = len(recorded) < len(batch)
+        self._locked_seconds = min(2 * self._locked_seconds, LOCKED_SECONDS[1]) if is_locked else LOCKED_SECONDS[0]
         by_id = {checkpoint.execution_id: checkpoint for checkpoint in checkpoints}
         for execution_id, written in recorded.items():
             run, verdict = batch[execution_id]
@@ -454,7 +481,8 @@ class Dispatcher:
         if self.is_stopping or now < self._next_recovery_at:
             return
         self._next_recovery_at = now + self._settings.poll_seconds
-        became = self._service.recover_expired(self._runner.templates)
+        # Not its own: those it renews as soon as it can, if nobody has been faster.
+        became = self._service.recover_expired(self._runner.templates, spared=self._settings.name)
         self.counts["recovered"] += len(became)
         for execution_id, status in became.items():
             logger.warning("execution %s: its worker's lease has expired, it is %s now", execution_id, status)
@@ -465,11 +493,11 @@ class Dispatcher:
         """Hand back what is held under this worker's name and does not run: claims whose answer was lost."""
         if not self._may_have_strays:
             return
-        for execution in self._service.held_by(self._settings.name):
-            if execution.execution_id not in self.runs:
-                logger.warning("execution %s was claimed without an answer, handed back", execution.execution_id)
-                self._stepper.hand_back(execution)
-        self._may_have_strays = False
+        strays = [each for each in self._service.held_by(self._settings.name) if each.execution_id not in self.runs]
+        for stray in strays:
+            logger.warning("execution %s was claimed without an answer, handed back", stray.execution_id)
+        answers = [self._stepper.hand_back(stray) for stray in strays]
+        self._may_have_strays = not all(answers)
         self._has_more = True
 
     def _is_idle(self, now: float) -> bool:

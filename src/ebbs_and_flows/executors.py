@@ -168,6 +168,9 @@ class ExecutorLane(Lane):
             process.kill()
         return True
 
+    def give_up(self, run: Run) -> None:
+        """Its place is free when its future is done."""
+
     def close(self) -> None:
         for future in list(self._futures.values()):
             future.cancel()

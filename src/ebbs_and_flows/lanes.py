@@ -139,6 +139,10 @@ class Lane(ABC):
         """Stop a body as well as it can be; whether it is going to end soon."""
 
     @abstractmethod
+    def give_up(self, run: Run) -> None:
+        """Its end is not waited for any more. Its place stays taken where its body goes on using it."""
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of what the lane has; bodies that still run are left to themselves."""
 
@@ -150,6 +154,8 @@ class LocalLane(Lane):
     Args:
         transactions, transaction_slots: what runs transactional tasks, and how many at once: the pool is shared with
             the host and with the worker's own writing.
+        has_one_writer: whether nobody else can write while a transactional task runs. Then one is started each time
+            that `allow_transactions` is called, so that they and the worker's own writing take turns.
         goes_on: whether the next task follows when one has succeeded.
         ended: called from a body's thread at its end.
     """
@@ -161,6 +167,7 @@ class LocalLane(Lane):
         *,
         transactions: Transactions,
         transaction_slots: int,
+        has_one_writer: bool,
         goes_on: Callable[[], bool],
         ended: Ended,
     ) -> None:
@@ -168,6 +175,8 @@ class LocalLane(Lane):
         self._transactions = transactions
         self._transaction_slots = transaction_slots
         self._waiting_transactions: deque[Run] = deque()
+        self._has_one_writer = has_one_writer
+        self._is_transactions_turn = True
         self._goes_on = goes_on
         self._ended = ended
         self._threads = BodyThreads()
@@ -180,16 +189,36 @@ class LocalLane(Lane):
         else:
             super().add(run)
 
+    @property
+    def holds_the_write_lock(self) -> bool:
+        """Whether a transactional task runs, and nobody else can write meanwhile."""
+        return self._has_one_writer and self._active_transactions > 0
+
+    def allow_transactions(self) -> None:
+        """The worker has written what it had to write: it is the transactional tasks' turn."""
+        self._is_transactions_turn = True
+        if self._waiting_transactions:
+            self.start_what_can()
+
     def _next(self) -> Run | None:
-        while self._waiting_transactions and self._active_transactions < self._transaction_slots:
+        has_turn = self._is_transactions_turn or not self._has_one_writer
+        while has_turn and self._waiting_transactions and self._active_transactions < self._transaction_slots:
             run = self._waiting_transactions.popleft()
             if not run.is_settled:
+                self._is_transactions_turn = False
                 return run
         return super()._next()
 
     @property
     def _active_transactions(self) -> int:
         return sum(1 for run in self.active if run.task.is_transactional)
+
+    def give_up(self, run: Run) -> None:
+        if run.task.is_transactional or run not in self.active:
+            return  # its thread has a connection of the pool
+        if run.task.is_async and run.is_past_limit:
+            self._loop.leave()  # it was cancelled and has not ended: something blocks the loop
+        self.ended(run)
 
     def _start(self, run: Run) -> None:
         if run.task.is_async and not run.task.is_transactional:

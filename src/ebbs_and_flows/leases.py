@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -18,6 +19,10 @@ RENEWALS_PER_LEASE = 3
 
 MAX_LOOK_SECONDS = 1.0
 """How often it looks, at least, whether what it holds was cancelled or claimed by somebody else."""
+
+
+BATCH = 1000
+"""How many leases are renewed in one statement; databases bound the parameters of one."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class LeaseKeeper:
 
     def __init__(self, service: FlowService, *, lease_seconds: float, look_seconds: float = MAX_LOOK_SECONDS) -> None:
         self._service = service
+        self._process = os.getpid()
         self._lease_seconds = lease_seconds
         self._interval = min(look_seconds, MAX_LOOK_SECONDS, lease_seconds / RENEWALS_PER_LEASE)
         self._condition = threading.Condition()
@@ -50,6 +56,8 @@ class LeaseKeeper:
         Args:
             on_lost: called in the keeper's thread, at most once, when the execution is no longer held.
         """
+        if self._process != os.getpid():  # the thread and what it held are the parent's, maybe with the lock taken
+            self._process, self._condition, self._holds, self._thread = os.getpid(), threading.Condition(), {}, None
         with self._condition:
             self._holds[worker, execution_id] = _Hold(epoch, on_lost)
             if self._thread is None:
@@ -70,12 +78,6 @@ class LeaseKeeper:
             self._holds.clear()
             self._condition.notify_all()
 
-    def forget_after_fork(self) -> None:
-        """In a child process: hold nothing. The thread and what it held are the parent's."""
-        self._condition = threading.Condition()
-        self._holds = {}
-        self._thread = None
-
     def _has_rest(self) -> bool:
         """Whether nothing is held, so that the thread may end; called under the lock."""
         if self._holds:
@@ -92,7 +94,7 @@ class LeaseKeeper:
         for (worker, execution_id), hold in holds.items():
             by_worker.setdefault(worker, {})[execution_id] = hold.epoch
         try:
-            for worker, held in by_worker.items():
+            for worker, held in _batches(by_worker):
                 if is_time:
                     lost = self._service.renew(worker, held, lease_seconds=self._lease_seconds)
                 else:
@@ -103,6 +105,8 @@ class LeaseKeeper:
                 self._renewed_at = time.monotonic()
         except SQLAlchemyError as error:
             logger.warning("leases not renewed yet: %s", error)
+        except Exception:
+            logger.exception("leases not renewed yet")
 
     def _lose(self, worker: str, execution_id: int, hold: _Hold) -> None:
         with self._condition:
@@ -111,6 +115,13 @@ class LeaseKeeper:
             del self._holds[worker, execution_id]
         if hold.on_lost is not None:
             hold.on_lost()
+
+
+def _batches(by_worker: dict[str, dict[int, int]]) -> Iterator[tuple[str, dict[int, int]]]:
+    for worker, held in by_worker.items():
+        ids = list(held)
+        for start in range(0, len(ids), BATCH):
+            yield worker, {execution_id: held[execution_id] for execution_id in ids[start : start + BATCH]}
 
 
 def _keep(reference: weakref.ref[LeaseKeeper], condition: threading.Condition, interval: float) -> None:

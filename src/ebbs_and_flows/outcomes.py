@@ -203,7 +203,8 @@ def _call(task: Task, name: str, context: ExecutionContext, session: Session | N
     if task.is_transactional:
         began = time.monotonic()
         result = task.run(*arguments)
-        if time.monotonic() - began > limit:
+        signal = SIGNAL.get()
+        if time.monotonic() - began > limit or (signal is not None and signal.why == PAST_LIMIT):
             raise _LimitReachedError
         return result
     return _in_thread(lambda: task.run(*arguments), name, limit)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any
@@ -51,6 +52,7 @@ from ebbs_and_flows.executions import (
 from ebbs_and_flows.names import MAX_NAME_LENGTH, valid_name
 from ebbs_and_flows.persistence.contexts import NO_CONTEXT
 from ebbs_and_flows.persistence.databases import capacity_of, create_engine_for, database_of
+from ebbs_and_flows.persistence.inspection import Inspection
 from ebbs_and_flows.persistence.repositories import NewExecution
 from ebbs_and_flows.persistence.statements import Statements
 from ebbs_and_flows.persistence.tables import build_tables
@@ -616,6 +618,10 @@ class FlowService:
                 for checkpoint in checkpoints
                 if checkpoint.execution_id in free
             }
+            locked = {each.execution_id: each.epoch for each in checkpoints if each.execution_id not in free}
+            if locked:  # or deleted, or taken over by whoever has it locked: those need not be tried again
+                epochs = work.executions.epochs(locked)
+                recorded.update({each: None for each, epoch in locked.items() if epochs.get(each) != epoch})
             work.commit()
         return recorded
 
@@ -690,21 +696,27 @@ class FlowService:
             work.commit()
         return claim
 
-    def recover_expired(self, templates: Mapping[str, FlowTemplate], *, limit: int = 100) -> dict[int, FlowStatus]:
+    def recover_expired(
+        self, templates: Mapping[str, FlowTemplate], *, spared: str = "", limit: int = 100
+    ) -> dict[int, FlowStatus]:
         """End what workers have left behind whose lease has expired: each such execution of these templates becomes
         RESCHEDULED, due at once, or FAILED where its task has lost `max_crashes` workers. Commits.
 
         Any process may do this at any time, whatever queues it serves. The attempt that was open ends as FAILED with
         the error type `WorkerLost`; should its worker live after all, its writes are refused from now on.
 
+        Args:
+            spared: the worker whose executions are left alone, because it is the caller, and lives.
+            limit: at most so many.
+
         Returns:
-            What became of each, by execution id; at most `limit` of them.
+            What became of each, by execution id.
         """
         if not templates:
             return {}
         with self._work() as work:
             became = {}
-            for execution in work.executions.lock_expired(templates, limit):
+            for execution in work.executions.lock_expired(templates, spared, limit):
                 reason = f"the lease of worker {execution.lease_owner} has expired"
                 template = templates[execution.template_name]
                 became[execution.execution_id] = steps.lose_worker(work, execution, template, reason)
@@ -712,6 +724,12 @@ class FlowService:
                 self._announce(work)
             work.commit()
         return became
+
+    @contextmanager
+    def inspected(self) -> Iterator[Inspection]:
+        """What a diagnosis asks the database, on one connection. Writes nothing."""
+        with self._work(writes=False) as work:
+            yield Inspection(work.connection, self._statements.tables)
 
     @property
     def has_one_writer(self) -> bool:

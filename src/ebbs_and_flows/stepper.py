@@ -69,18 +69,21 @@ class Stepper:
         log_verdict(claim, written.verdict)
         return claim_after(claim, written.verdict, written.recorded)
 
-    def hand_back(self, held: FlowExecution) -> None:
+    def hand_back(self, held: FlowExecution) -> bool:
         """Give the execution back to the database, to go on at the same task: a stop in good order is no failure.
 
         What is open is read anew: the interrupt may have come just after a checkpoint was committed. Where the database
         does not answer, the execution is left as a crash would leave it.
+
+        Returns:
+            Whether the database has answered.
         """
         try:
             execution = self._service.get_flow_execution(held.execution_id)
             attempts = self._service.get_task_executions(held.execution_id)
             is_held = execution.status is FlowStatus.RUNNING and execution.epoch == held.epoch
             if not is_held or not attempts or attempts[-1].status is not TaskStatus.RUNNING:
-                return
+                return True
             attempt = attempts[-1]
             self._service.checkpoint(
                 [
@@ -97,6 +100,8 @@ class Stepper:
             )
         except SQLAlchemyError as error:
             logger.warning("execution %s could not be handed back: %s", held.execution_id, error)
+            return False
+        return True
 
     def _record(self, claim: Claim, template: FlowTemplate, task: Task, verdict: Verdict) -> Written:
         """Write the checkpoint; where the database refuses what the task returned, write that instead."""

@@ -32,11 +32,6 @@ from ebbs_and_flows import (
 from tests.integration.flows import AT_ONCE, Outside, Step, abc
 
 
-@pytest.fixture
-def outside() -> Outside:
-    return Outside()
-
-
 def names_and_ends(service: FlowService, execution_id: int) -> list[tuple[str, int, str]]:
     return [(each.name, each.attempt, str(each.status)) for each in service.get_task_executions(execution_id)]
 

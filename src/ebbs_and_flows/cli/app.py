@@ -10,6 +10,8 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from typer.core import TyperGroup
 
 from ebbs_and_flows.cli import db, runs
+from ebbs_and_flows.cli.doctor import doctor
+from ebbs_and_flows.cli.worker import AppError, worker
 from ebbs_and_flows.cli.target import DATABASE_URL_VARIABLE, SCHEMA_VARIABLE, Settings, Target
 from ebbs_and_flows.cli.terminal import one_line, say
 from ebbs_and_flows.errors import (
@@ -33,8 +35,16 @@ Exit codes:
 Data goes to stdout, messages to stderr. NO_COLOR=1 turns colours off."""
 
 
+ORDER = ("worker", "runs", "doctor", "db")
+"""The commands as the help lists them: in the order in which they are needed."""
+
+
 class Commands(TyperGroup):
     """The commands, with an exit code and one line on stderr for each error that can be expected."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of the commands, as the help lists them."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand."""
@@ -60,6 +70,8 @@ app = typer.Typer(
 )
 app.add_typer(db.app, name="db")
 app.add_typer(runs.app, name="runs")
+app.command()(worker)
+app.command()(doctor)
 
 
 @app.callback()
@@ -107,7 +119,7 @@ def _verdict(error: Exception, target: Target | None) -> tuple[int | None, str]:
         if target is not None and target.schema is not None:
             message = message.replace('"ebbs db upgrade"', f'"ebbs db upgrade --schema {target.schema}"')
         return SCHEMA, message
-    if isinstance(error, (DatabaseUrlError, InvalidArgumentError, InvalidNameError)):
+    if isinstance(error, (AppError, DatabaseUrlError, InvalidArgumentError, InvalidNameError)):
         return USAGE, str(error)
     if isinstance(error, EbbsError):
         return FAILED, str(error)

@@ -96,18 +96,18 @@ class Target:
     def current(self) -> str | None:
         """The revision of its schema. Writes nothing."""
         self.require_file()
-        with self._untouched() as engine:
+        with self.untouched() as engine:
             return database_schema.current(engine, schema=self.schema)
 
     def check(self) -> None:
         """Raise `SchemaError` unless this release can work on it. Writes nothing."""
         self.require_file()
-        with self._untouched() as engine:
+        with self.untouched() as engine:
             database_schema.check(engine, schema=self.schema)
 
     def differences(self) -> list[str]:
         """What differs between its tables and those of this release, one line each. Writes nothing."""
-        with self._untouched() as engine:
+        with self.untouched() as engine:
             return [_as_line(each) for each in database_schema.differences(engine, schema=self.schema)]
 
     @contextmanager
@@ -118,7 +118,7 @@ class Target:
             yield service
 
     @contextmanager
-    def _untouched(self) -> Iterator[Engine]:
+    def untouched(self) -> Iterator[Engine]:
         """An engine for reading. The library's own would switch a SQLite file to WAL, maybe another program's."""
         if self.url.get_backend_name() == "sqlite":
             engine = create_engine(self.url, hide_parameters=True)

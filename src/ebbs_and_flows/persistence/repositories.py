@@ -178,12 +178,13 @@ class Executions:
         """Lock those of these executions that nobody else has locked, until the transaction ends; which those are."""
         return set(self._connection.scalars(self._statements.lock_free, {"the_ids": sorted(execution_ids)}))
 
-    def lock_expired(self, templates: Collection[str], limit: int) -> list[FlowExecution]:
+    def lock_expired(self, templates: Collection[str], spared: str, limit: int) -> list[FlowExecution]:
         """Lock executions of these templates that are RUNNING under a lease that has expired, without their contexts.
-        What somebody else has locked is passed over.
+        What somebody else has locked is passed over, and so is what the worker that is spared holds.
         """
         rows = self._connection.execute(
-            self._statements.lock_expired, {"the_templates": list(templates), "the_limit": limit}
+            self._statements.lock_expired,
+            {"the_templates": list(templates), "the_spared": spared, "the_limit": limit},
         )
         return [_to_execution(row) for row in rows]
 

@@ -119,6 +119,7 @@ class Statements:
                 is_running,
                 executions.c.lease_expires_at < statement_now(),
                 executions.c.template_name.in_(bindparam("the_templates", expanding=True)),
+                executions.c.lease_owner != bindparam("the_spared"),
             )
             .order_by(executions.c.execution_id)
             .limit(bindparam("the_limit", type_=Integer()))
