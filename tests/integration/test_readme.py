@@ -29,12 +29,12 @@ def test_the_code_in_the_readme_runs(
     readme = Sybil([PythonCodeBlockParser(), SqlParser()], path=str(ROOT), pattern="README.md")
     document = readme.parse(ROOT / "README.md")
     examples = list(document.examples())
-    assert len(examples) == 4
+    assert len(examples) == 6
     for example in examples:
         example.evaluate()
     assert capsys.readouterr().out == "FAILED\npaid 42\n"
     with closing(sqlite3.connect("shop.db")) as connection:
-        assert connection.execute("SELECT * FROM rates").fetchall() == [("USD", 1.09)]
+        assert connection.execute("SELECT * FROM rates").fetchall() == [("USD", 1.09), ("EUR", 1.0)]
     engine = create_engine(database_url.replace("postgresql://", "postgresql+psycopg://"))
     with engine.connect() as connection:
         for statement in "".join(document.namespace["sql"]).split(";"):
