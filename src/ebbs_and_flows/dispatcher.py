@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import logging
 import queue
-import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
-from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded, Rest, Verdict
-from ebbs_and_flows.errors import UnknownExecutionError
+from ebbs_and_flows.chances import LastChances, is_last_chance
+from ebbs_and_flows.checkpoints import Claim, Recorded, Rest, Verdict
+from ebbs_and_flows.ends import End, Ends
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowStatus
-from ebbs_and_flows.executors import ExecutorLane, slots_of
+from ebbs_and_flows.executors import ExecutorLane
 from ebbs_and_flows.lanes import Lane, LocalLane, Run
 from ebbs_and_flows.leases import LeaseKeeper
 from ebbs_and_flows.logs import about, log_claim, log_verdict, logger
-from ebbs_and_flows.persistence.databases import is_refusal
+from ebbs_and_flows.outages import Outage, waits_without_end
 from ebbs_and_flows.runner import FlowRunner
-from ebbs_and_flows.stepper import Stepper, refused
+from ebbs_and_flows.stepper import Stepper
 from ebbs_and_flows.stopping import NO_LONGER_HELD, PAST_LIMIT, WORKER_STOPS
 from ebbs_and_flows.transactions import Transactions, Written
-from ebbs_and_flows.verdicts import STOPPED, checkpoint_of, claim_after, judge, start_over
+from ebbs_and_flows.verdicts import STOPPED, claim_after, judge
 
 INTERRUPT_SECONDS = 1.0
 """How long a body that was cancelled or killed at its limit is given to end, before its attempt is ended without it."""
@@ -34,17 +34,8 @@ INTERRUPT_SECONDS = 1.0
 LAST_WORDS_SECONDS = 5.0
 """How long, after its grace period, a worker tries to hand back what it holds before it leaves it to its leases."""
 
-WRITE_BATCH = 1000
-"""How many ends of attempts are written in one transaction at most."""
-
 CLAIM_BATCH = 100
 """How many executions are claimed in one transaction at most, so that none of them waits long for its first task."""
-
-OUTAGE_WAITS_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
-"""The waits between tries while the database does not answer; the last one repeats."""
-
-LOCKED_SECONDS = (0.02, 1.0)
-"""The wait before what somebody had locked is written again: the first, and the longest, to which it doubles."""
 
 RETRY_MARGIN_SECONDS = 0.01
 """Added to the wait for a retry, so that it is due by the database's clock as well when it is looked for."""
@@ -62,33 +53,6 @@ class WorkerSettings:
     executor: Executor | Callable[[], Executor] | None
     poll_seconds: float
     transaction_slots: int
-
-
-class Outage:
-    """Whether the database answers, and when it is to be tried again."""
-
-    def __init__(self) -> None:
-        self.error: str | None = None
-        self.until = 0.0
-        self.answered_at = time.monotonic()
-        self._tries = 0
-
-    def note(self, error: Exception) -> None:
-        """It does not answer, or not as it should."""
-        seconds = OUTAGE_WAITS_SECONDS[min(self._tries, len(OUTAGE_WAITS_SECONDS) - 1)]
-        self._tries += 1
-        # Spread out, so that all workers do not come back to a server that has just started in the same moment.
-        self.until = time.monotonic() + seconds * random.uniform(0.75, 1.25)
-        self.error = str(error.orig) if isinstance(error, DBAPIError) else str(error)
-        logger.warning("the database does not answer as it should, trying again in %.2f s: %s", seconds, self.error)
-
-    def over(self) -> None:
-        """It has answered."""
-        if self.error is not None:
-            logger.info("the database answers again")
-        self.error = None
-        self._tries = 0
-        self.answered_at = time.monotonic()
 
 
 class Dispatcher:
@@ -114,8 +78,8 @@ class Dispatcher:
         """Why it stopped by itself."""
         self._stop_grace: float | None = None
         self._stops_at = 0.0
-        self._unwritten: list[tuple[Run, Verdict]] = []
-        self._locked_seconds = LOCKED_SECONDS[0]
+        self._ends = Ends(self._service, lease_seconds=settings.lease_seconds, goes_on=lambda: not self.is_stopping)
+        self._last_chances = LastChances(settings.lease_seconds)
         self._may_have_strays = False
         self._has_more = True
         self._next_claim_at = 0.0
@@ -127,7 +91,7 @@ class Dispatcher:
             self._service, runner.templates, lease_seconds=settings.lease_seconds, sleep=lambda _seconds: None
         )
         transactions = Transactions(
-            self._service, lease_seconds=settings.lease_seconds, sleep=time.sleep, waits=_waits_without_end
+            self._service, lease_seconds=settings.lease_seconds, sleep=time.sleep, waits=waits_without_end
         )
         self._local = LocalLane(
             settings.concurrency,
@@ -142,9 +106,8 @@ class Dispatcher:
         if settings.executor is not None:
             self._remote = ExecutorLane(
                 settings.executor,
-                slots_of(settings.executor, settings.concurrency),
+                settings.concurrency,
                 settings.lease_seconds,
-                is_stopping=lambda: self.is_stopping,
                 post=self._inbox.put,
                 ended=self._body_ended,
                 on_dead=self._executor_is_dead,
@@ -184,7 +147,8 @@ class Dispatcher:
         is_done = False
         if now >= self.outage.until and not self._local.holds_the_write_lock:
             try:
-                self._write()
+                for end, recorded in self._ends.write():
+                    self._go_on(end, recorded)
                 self._hand_back_strays()
                 self._recover(now)
                 self._claim(now)
@@ -197,7 +161,7 @@ class Dispatcher:
                 logger.exception("a worker's turn failed, which should not be; it goes on")
                 self.outage.note(error)
         if self.is_stopping:
-            is_over = not self.runs and not self._unwritten
+            is_over = not self.runs and not self._ends
             return is_over or time.monotonic() > self._stops_at + LAST_WORDS_SECONDS
         return is_done
 
@@ -206,29 +170,43 @@ class Dispatcher:
         try:
             message = self._inbox.get(timeout=self._seconds_to_wait())
             while True:
-                if message is not None:
-                    message()
+                self._take_in(message)
                 message = self._inbox.get_nowait()
         except queue.Empty:
             return
 
+    def _take_in(self, message: Callable[[], None] | None) -> None:
+        if message is None:
+            return
+        try:
+            message()
+        except Exception:
+            logger.exception("a worker could not take in what has happened, which should not be; it goes on")
+
     def _seconds_to_wait(self) -> float:
         now = time.monotonic()
-        times = [max(self.outage.until, now if self._unwritten else min(self._next_claim_at, self._next_recovery_at))]
-        if self._has_more and len(self.runs) < self._settings.concurrency and not self.is_stopping:
-            times.append(self.outage.until)
-        if self.is_stopping:
-            times += [each for each in (self._stops_at, self._stops_at + LAST_WORDS_SECONDS) if each > now]
+        times = [now + self._settings.poll_seconds]
         for lane in self._lanes:
             times += [run.deadline for run in lane.limited if run.deadline is not None]
             seconds = lane.start_what_can()
             if seconds is not None:
                 times.append(now + seconds)
-        if self._local.holds_the_write_lock:
-            times = [each for each in times if each > now] or [now + self._settings.poll_seconds]
-        elif self._unwritten and self.outage.until <= now:
-            return self._locked_seconds  # somebody has locked what is to be written
+        if self.is_stopping:
+            times += [each for each in (self._stops_at, self._stops_at + LAST_WORDS_SECONDS) if each > now]
+        if not self._local.holds_the_write_lock:
+            times.append(max(self.outage.until, self._next_writing_at(now)))
         return max(0.0, min(times) - now)
+
+    def _next_writing_at(self, now: float) -> float:
+        """When there is something to ask the database, or to tell it."""
+        times = [now + self._settings.poll_seconds]
+        if self._ends:
+            times.append(now + self._ends.wait_seconds)
+        if not self.is_stopping:
+            times.append(self._next_recovery_at)
+            if len(self.runs) < self._settings.concurrency:
+                times.append(now if self._has_more else self._next_claim_at)
+        return min(times)
 
     @property
     def _lanes(self) -> list[Lane]:
@@ -245,6 +223,9 @@ class Dispatcher:
             return
         self._has_more = False
         self._next_claim_at = now + self._settings.poll_seconds
+        if self._last_chances.keep_others_out(self.runs.values(), now):
+            return
+        only = self._last_chances.next(now) if self._last_chances else None
         try:
             claims = self._service.claim(
                 self._runner.templates,
@@ -254,39 +235,51 @@ class Dispatcher:
                 limit=free,
                 queues=self._settings.queues,
                 max_in_flight=self._settings.max_in_flight,
+                only=only,
             )
+            self._has_more = len(claims) == free or only is not None
+            for claim in claims:
+                self._take_up(claim, by_itself=only is not None, beside=len(claims) > 1)
         except BaseException:
             self._may_have_strays = True  # it may have been committed without an answer
             self._has_more = True
             raise
-        self._has_more = len(claims) == free
-        self.counts["claimed"] += len(claims)
-        for claim in claims:
-            if claim.attempt is None:
-                self._note_rest(claim, claim.execution.status, None)
-            else:
-                execution = claim.execution
-                on_lost = partial(self._inbox.put, partial(self._lose, execution.execution_id, execution.epoch))
-                self._leases.hold(self._settings.name, execution.execution_id, execution.epoch, on_lost)
-                self._start(claim)
 
-    def _start(self, claim: Claim, *, alone: bool = False) -> None:
-        """Start the open attempt of a claim; while the worker stops, hand it back instead."""
+    def _take_up(self, claim: Claim, *, by_itself: bool, beside: bool) -> None:
+        self.counts["claimed"] += 1
+        if claim.attempt is None:
+            self._note_rest(claim, claim.execution.status, None)
+            return
+        execution = claim.execution
+        on_lost = partial(self._inbox.put, partial(self._lose, execution.execution_id, execution.epoch))
+        self._leases.hold(self._settings.name, execution.execution_id, execution.epoch, on_lost)
+        self._start(claim, by_itself=by_itself, beside=beside)
+
+    def _start(self, claim: Claim, *, alone: bool = False, by_itself: bool = False, beside: bool = False) -> None:
+        """Start the open attempt of a claim; while the worker stops, hand it back instead.
+
+        Args:
+            alone: whether no other may run in its lane meanwhile.
+            by_itself: whether it was claimed to be held without others.
+            beside: whether others were claimed with it.
+        """
         attempt = claim.attempt
         assert attempt is not None, "only an open attempt can be started"
         template = self._runner.templates[claim.execution.template_name]
         task = template.get_task(attempt.task_index)
         assert task is not None, "attempts are started at tasks of the template"
-        lost = claim.counts_of(attempt.name).lost
-        # One more loss would park it. That is to be its own doing: so it runs alone, and nobody else is suspected.
-        is_last_chance = lost > 0 and lost + 1 >= task.retry.max_crashes
-        run = Run(claim, template, task, alone=alone or is_last_chance)
+        run = Run(claim, template, task, alone=alone)
         earlier = self.runs.get(run.execution_id)
         if earlier is not None and earlier.claim.execution.epoch != claim.execution.epoch:
             self._supersede(earlier)
         self.runs[run.execution_id] = run
         if self.is_stopping:
             self._settle(run, STOPPED)
+            return
+        run.is_last_chance = self._lane_of(run).is_in_this_process and is_last_chance(run)
+        if run.is_last_chance and not by_itself and (beside or len(self.runs) > 1):
+            run.is_last_chance = False
+            self._settle(run, self._last_chances.hand_back(run, time.monotonic()))
             return
         log_claim(claim, "started")
         self._lane_of(run).add(run)
@@ -312,7 +305,7 @@ class Dispatcher:
 
     def _settle(self, run: Run, verdict: Verdict) -> None:
         run.is_settled = True
-        self._unwritten.append((run, verdict))
+        self._ends.add(run, verdict)
 
     def _settle_past_limit(self, run: Run) -> None:
         assert run.limit is not None, "only a body that has begun has a limit"
@@ -321,17 +314,22 @@ class Dispatcher:
     def _end_what_is_past_its_limit(self, now: float) -> None:
         for run in [run for lane in self._lanes for run in lane.limited]:
             assert run.deadline is not None, "it is among those that have one"
-            if run.is_settled:
+            # What was cancelled still takes up a process, which is killed for it.
+            if run.is_settled and (run.is_past_limit or self._lane_of(run) is self._local):
                 self._lane_of(run).limited.discard(run)
-            if run.is_settled or now < run.deadline:
+                continue
+            if now < run.deadline:
                 continue
             if run.is_past_limit:  # it was interrupted and has not ended: it does not react
                 self._settle_past_limit(run)
                 self._lane_of(run).give_up(run)
                 continue
+            run.deadline = self._lane_of(run).deadline_of(run, now)
+            if now < run.deadline:
+                continue
             run.is_past_limit = True
             run.signal.set(PAST_LIMIT)
-            if self._lane_of(run).interrupt(run):
+            if self._lane_of(run).interrupt(run) or run.is_settled:
                 run.deadline = now + INTERRUPT_SECONDS
             elif self._holds_the_write_lock(run):
                 self._lane_of(run).limited.discard(run)
@@ -363,7 +361,7 @@ class Dispatcher:
         """Its lease had expired, it was recovered by somebody, and this worker has claimed it anew."""
         earlier.signal.set(NO_LONGER_HELD)
         earlier.is_settled = True
-        self._unwritten = [each for each in self._unwritten if each[0] is not earlier]
+        self._ends.forget(earlier)
         self._lane_of(earlier).give_up(earlier)
 
     def _drop(self, run: Run) -> None:
@@ -372,77 +370,16 @@ class Dispatcher:
             self._leases.release(self._settings.name, run.execution_id)
         if self._settings.max_in_flight or run.template.max_in_flight is not None:
             self._has_more = True  # there is room for one more of these
+        if self._last_chances or run.is_last_chance:
+            self._has_more = True  # others may be claimed again, or the one that waited for this
 
-    # --- writing ------------------------------------------------------------------------------------------------------
-
-    def _write(self) -> None:
-        """Record all ends that have arrived in one transaction. What somebody has locked just now stays for later."""
-        if not self._unwritten:
-            return
-        batch = {run.execution_id: (run, verdict) for run, verdict in self._unwritten[:WRITE_BATCH]}
-        # In the order of their ids: of two that lock several, neither can wait for the other.
-        checkpoints = [self._checkpoint(*batch[execution_id]) for execution_id in sorted(batch)]
+    def _go_on(self, end: End, recorded: Recorded | None) -> None:
         try:
-            recorded = self._service.checkpoint_free(checkpoints)
-        except DBAPIError as error:
-            if not is_refusal(error):
-                for run, _verdict in self._unwritten:
-                    run.was_tried = True
-                raise
-            recorded = self._write_singly(checkpoints, batch)
-        except SQLAlchemyError:
-            raise
-        except Exception:  # of one of them, whatever it is; the others are to be written
-            logger.exception("checkpoints could not be written together")
-            recorded = self._write_singly(checkpoints, batch)
-        self._unwritten = [each for each in self._unwritten if each[0].execution_id not in recorded]
-        is_locked = len(recorded) < len(batch)
-        self._locked_seconds = min(2 * self._locked_seconds, LOCKED_SECONDS[1]) if is_locked else LOCKED_SECONDS[0]
-        by_id = {checkpoint.execution_id: checkpoint for checkpoint in checkpoints}
-        for execution_id, written in recorded.items():
-            run, verdict = batch[execution_id]
-            is_unsure = written is None and run.was_tried
-            self._recorded(run, verdict, self._read_back(by_id[execution_id]) if is_unsure else written)
-
-    def _checkpoint(self, run: Run, verdict: Verdict) -> Checkpoint:
-        lease_seconds = self._settings.lease_seconds
-        if run.starts_over is not None:
-            if not self.is_stopping:
-                return start_over(run.claim, run.starts_over, lease_seconds)
-            verdict = STOPPED
-        return checkpoint_of(run.claim, run.template, verdict, lease_seconds, goes_on=not self.is_stopping)
-
-    def _write_singly(
-        self, checkpoints: list[Checkpoint], batch: dict[int, tuple[Run, Verdict]]
-    ) -> dict[int, Recorded | None]:
-        """Record each end by itself; what the database will never store is recorded as that attempt's failure."""
-        recorded: dict[int, Recorded | None] = {}
-        for checkpoint in checkpoints:
-            run, verdict = batch[checkpoint.execution_id]
-            try:
-                recorded.update(self._service.checkpoint_free([checkpoint]))
-            except DBAPIError as error:
-                if not is_refusal(error):
-                    raise
-                if not verdict.succeeded:
-                    logger.exception("execution %s: its end cannot be recorded", run.execution_id)
-                    recorded[run.execution_id] = None
-                    continue
-                verdict = refused(run.claim, run.task, error)
-                batch[run.execution_id] = (run, verdict)
-                recorded.update(self._service.checkpoint_free([self._checkpoint(run, verdict)]))
-            except SQLAlchemyError:
-                raise
-            except Exception:
-                logger.exception("execution %s: its end cannot be recorded", run.execution_id)
-                recorded[run.execution_id] = None
-        return recorded
-
-    def _read_back(self, checkpoint: Checkpoint) -> Recorded | None:
-        try:
-            return self._service.outcome_of(checkpoint)
-        except UnknownExecutionError:
-            return None
+            self._recorded(end.run, end.verdict, recorded)
+        except Exception:
+            logger.exception("execution %s cannot go on here, which should not be; handed back", end.run.execution_id)
+            self._drop(end.run)
+            self._may_have_strays = True
 
     def _recorded(self, run: Run, verdict: Verdict, recorded: Recorded | None) -> None:
         """Go on from what was written."""
@@ -502,7 +439,7 @@ class Dispatcher:
 
     def _is_idle(self, now: float) -> bool:
         """Whether nothing is in flight, nothing is due, and no retry is to come."""
-        if self.runs or self._unwritten or self._has_more:
+        if self.runs or self._ends or self._has_more or self._last_chances:
             return False
         seconds = self._service.seconds_until_next(self._runner.templates, self._settings.queues)
         if seconds is None:
@@ -531,13 +468,7 @@ class Dispatcher:
                     self._settle(run, STOPPED)
                     self._lane_of(run).interrupt(run)
 
-    def _executor_is_dead(self) -> None:
-        self.failure = "its executor broke, and cannot be made anew: pass a function that makes one"
+    def _executor_is_dead(self, why: str) -> None:
+        self.failure = self.failure or f"its executor cannot be used any more: {why}"
         logger.error("worker %s stops: %s", self._settings.name, self.failure)
         self._stop_grace = 0.0
-
-
-def _waits_without_end() -> Iterator[float]:
-    yield from OUTAGE_WAITS_SECONDS
-    while True:
-        yield OUTAGE_WAITS_SECONDS[-1]

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import queue
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ebbs_and_flows.checkpoints import Claim, Verdict
 from ebbs_and_flows.errors import StopRequestedError
-from ebbs_and_flows.logs import ABOUT, about
+from ebbs_and_flows.logs import ABOUT, about, log_claim
 from ebbs_and_flows.outcomes import Failed, Limit, Outcome, run_async_body, run_body
 from ebbs_and_flows.stopping import SIGNAL, WORKER_STOPS, StopSignal
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate
 from ebbs_and_flows.transactions import Transactions, Written
 from ebbs_and_flows.verdicts import STOPPED, judge, limit_of
+
+NO_THREAD_SECONDS = 5.0
+"""After how long an attempt is tried again for which there was no thread."""
 
 
 @dataclass(eq=False)
@@ -34,7 +38,9 @@ class Run:
     """How long its body may take; set as it begins."""
     signal: StopSignal = field(default_factory=StopSignal)
     alone: bool = False
-    """Whether it is to run without any other beside it, because it may be what has crashed the process before."""
+    """Whether it is to run without any other in its lane, because it may be what has broken the executor."""
+    is_last_chance: bool = False
+    """Whether it was started although one more lost worker would park it: nothing is claimed beside it for a while."""
     deadline: float | None = None
     """When that is over, on `time.monotonic`."""
     began: float | None = None
@@ -72,6 +78,9 @@ class Lane(ABC):
         slots: how many bodies may run at once.
         patience_seconds: how long a run that is to be alone waits for the others at most.
     """
+
+    is_in_this_process = True
+    """Whether a body that crashes its process crashes the worker."""
 
     def __init__(self, slots: int, patience_seconds: float) -> None:
         self.slots = slots
@@ -133,6 +142,11 @@ class Lane(ABC):
     @abstractmethod
     def _start(self, run: Run) -> None:
         """Start the run's body."""
+
+    def deadline_of(self, run: Run, now: float) -> float:
+        """When a limit is over, on `time.monotonic`; asked when it seems to be."""
+        assert run.deadline is not None, "it has a limit"
+        return run.deadline
 
     @abstractmethod
     def interrupt(self, run: Run) -> bool:
@@ -224,16 +238,20 @@ class LocalLane(Lane):
         if run.task.is_async and not run.task.is_transactional:
             self._loop.start(run, lambda verdict: self._ended(run, verdict))
         else:
-            self._threads.start(lambda: self._ended(run, contextvars.Context().run(self._body, run)))
+            try:
+                self._threads.start(lambda: self._ended(run, contextvars.Context().run(self._body, run)))
+            except RuntimeError as error:  # no more threads for this process; somebody else may have some
+                log_claim(run.claim, "handed back: %s", error, level=logging.ERROR)
+                self._ended(run, replace(STOPPED, retry_seconds=NO_THREAD_SECONDS))
 
     def _body(self, run: Run) -> Verdict | Written:
+        if not run.task.is_transactional:
+            return run_here(run)
         SIGNAL.set(run.signal)
         ABOUT.set(about(run.claim))
+        assert run.limit is not None, "its body has begun"
         try:
-            if run.task.is_transactional:
-                assert run.limit is not None, "its body has begun"
-                return self._transactions.run(run.claim, run.template, run.task, limit=run.limit, goes_on=self._goes_on)
-            return verdict_of(run, run_body(run.task, run.name, run.claim.execution.execution_context))
+            return self._transactions.run(run.claim, run.template, run.task, limit=run.limit, goes_on=self._goes_on)
         except BaseException as error:  # also KeyboardInterrupt: in this thread it is the task's own doing
             return verdict_of(run, Failed(error))
 
@@ -246,6 +264,16 @@ class LocalLane(Lane):
     def close(self) -> None:
         self._threads.close()
         self._loop.close()
+
+
+def run_here(run: Run) -> Verdict:
+    """Run a body in this thread, in a context that is its own, and give the verdict. Raises nothing."""
+    SIGNAL.set(run.signal)
+    ABOUT.set(about(run.claim))
+    try:
+        return verdict_of(run, run_body(run.task, run.name, run.claim.execution.execution_context))
+    except BaseException as error:  # also KeyboardInterrupt: in this thread it is the task's own doing
+        return verdict_of(run, Failed(error))
 
 
 def verdict_of(run: Run, outcome: Outcome) -> Verdict:

@@ -64,6 +64,8 @@ class Registration:
 class TypeRegistry:
     """The registered classes. One serves the whole process; another is of use only to tests."""
 
+    changes: int = 0
+    """How often something has been registered."""
     _by_name: dict[str, Registration] = field(default_factory=dict)
     _by_class: dict[type, Registration] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -131,9 +133,25 @@ class TypeRegistry:
         self._check_free(name, cls)
         return name
 
+    def registrations(self) -> list[Registration]:
+        """Give all registrations, so that adding them one by one to another registry makes one that is the same."""
+        with self._lock:
+            found = list(self._by_name.values())
+            # Of a class' names the one to store under comes last, as that which the user gave last.
+            return sorted(found, key=lambda each: self._by_class.get(each.cls) is each)
+
+    def add(self, new: Registration) -> None:
+        """Add what another registry has.
+
+        Raises:
+            TypeRegistrationError: the name is taken by another class.
+        """
+        self._add(Registration(new.cls, new.name, new.codec, new.chosen))
+
     def _add(self, new: Registration) -> None:
         _check_name(new.name)
         with self._lock:
+            self.changes += 1
             self._check_free(new.name, new.cls)
             self._by_name[new.name] = new
             old = self._by_class.get(new.cls)

@@ -56,6 +56,10 @@ class Room:
         """Whether nothing more may be claimed."""
         return not self.templates or self.queues == set()
 
+    def has(self, execution: FlowExecution) -> bool:
+        """Whether this execution may be claimed."""
+        return execution.template_name in self.templates and (self.queues is None or execution.queue in self.queues)
+
     @property
     def most_at_once(self) -> int:
         """How many may be claimed before it is to be counted again."""

@@ -527,6 +527,7 @@ class FlowService:
         limit: int = 1,
         queues: Collection[str] | None = None,
         max_in_flight: Mapping[str, int] | None = None,
+        only: int | None = None,
     ) -> list[Claim]:
         """Take due executions of these templates for a worker and start the attempt at each one's current task.
         Commits.
@@ -539,6 +540,7 @@ class FlowService:
             limit: at most so many.
             queues: only of these; default of all.
             max_in_flight: by queue, how many executions may be RUNNING at once, over all workers.
+            only: the execution of this id and nothing else, also before it is due.
 
         Returns:
             The claims, in the order in which they are to run.
@@ -548,6 +550,8 @@ class FlowService:
         with self._work() as work:
             room = Room.of(work, templates, queues, max_in_flight or {})
             claimed: list[FlowExecution] = []
+            if only is not None:
+                limit, claimed = 0, self._claim_only(work, only, room, statuses, worker, lease_seconds)
             while len(claimed) < limit and not room.is_full:
                 most = min(limit - len(claimed), room.most_at_once)
                 found = work.executions.claim_due(
@@ -562,6 +566,21 @@ class FlowService:
             claims = steps.begin(work, claimed, templates)
             work.commit()
         return claims
+
+    def _claim_only(
+        self,
+        work: UnitOfWork,
+        execution_id: int,
+        room: Room,
+        statuses: Collection[FlowStatus],
+        worker: str,
+        lease_seconds: float,
+    ) -> list[FlowExecution]:
+        found = work.executions.get(execution_id, lock=True)
+        if found is None or found.status not in statuses or not room.has(found):
+            return []
+        claimed = work.executions.claim_one(execution_id, worker, lease_seconds)
+        return [] if claimed is None else [claimed]
 
     def renew(self, worker: str, held: Mapping[int, int], *, lease_seconds: float) -> set[int]:
         """Move the end of a worker's leases on, by the database's clock. Commits.
@@ -626,7 +645,8 @@ class FlowService:
         return recorded
 
     def outcome_of(self, checkpoint: Checkpoint) -> Recorded | None:
-        """What came of a checkpoint whose commit went unanswered, read back; `None` where it was not committed.
+        """What came of a checkpoint whose commit went unanswered, read back; `None` where it was not committed, or the
+        execution was cancelled or taken over since, so that nothing of it is to be started here.
 
         Only who holds the execution under the checkpoint's epoch can have ended its attempt without ending that hold,
         so an ended attempt under the same epoch is this checkpoint's doing.
@@ -637,10 +657,11 @@ class FlowService:
         ended = attempts.get(checkpoint.step)
         if execution.epoch != checkpoint.epoch or ended is None or ended.status is not checkpoint.end.status:
             return None
-        if ended.failure is not checkpoint.end.failure:
+        following = attempts.get(checkpoint.step + 1)
+        if ended.failure is not checkpoint.end.failure or (following and following.status is not TaskStatus.RUNNING):
             return None
         at = ended.finished_at or execution.updated_at
-        return Recorded(at, attempts.get(checkpoint.step + 1), execution.lease_expires_at, checkpoint.then)
+        return Recorded(at, following, execution.lease_expires_at, checkpoint.then)
 
     def run_in_transaction(self, body: Callable[[Session, UnitOfWork], Checkpoint]) -> Recorded | None:
         """Run a body whose effects and checkpoint commit together. What it raises rolls both back and is raised on.

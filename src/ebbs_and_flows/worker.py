@@ -22,7 +22,8 @@ from ebbs_and_flows.health import InFlight, WorkerHealth
 from ebbs_and_flows.logs import logger
 from ebbs_and_flows.names import MAX_NAME_LENGTH, valid_name
 from ebbs_and_flows.persistence.listening import Listener
-from ebbs_and_flows.remote import check_can_travel
+from ebbs_and_flows.pools import runs_here
+from ebbs_and_flows.remote import portable
 from ebbs_and_flows.runner import FlowRunner
 from ebbs_and_flows.templates import is_positive_int
 
@@ -105,7 +106,7 @@ class Worker:
         self._dispatcher: Dispatcher | None = None
         self._is_running = False
         self._started_at: datetime | None = None
-        if executor is not None:
+        if executor is not None and not runs_here(executor):
             self._check_tasks_can_travel()
 
     def __repr__(self) -> str:
@@ -292,7 +293,7 @@ class Worker:
         for template in self.runner.templates.values():
             for task, name in zip(template.tasks, template.task_names, strict=True):
                 if not (task.is_async or task.is_transactional):
-                    check_can_travel(template, task, name)
+                    portable(template, task, name)
 
     @contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+
 from tenacity import wait_none
 
-from ebbs_and_flows import ExecutionContext, FlowTemplate, RetryPolicy, Task, task
+from ebbs_and_flows import (
+    ExecutionContext,
+    FlowFilter,
+    FlowService,
+    FlowStatus,
+    FlowTemplate,
+    RetryPolicy,
+    Task,
+    raise_if_stop_requested,
+    stop_requested,
+    task,
+)
 
 AT_ONCE = wait_none()
 """Retries without a wait: no test sleeps to hope."""
@@ -45,3 +58,26 @@ def abc(outside: Outside, *, retry_b: RetryPolicy | None = None) -> FlowTemplate
 def one(body: object, name: str = "one") -> FlowTemplate:
     """A template of one function."""
     return FlowTemplate(name, [task(body)])
+
+
+class Gate(Task):
+    """Waits within its task until it is opened, or asked to stop."""
+
+    def __init__(self, name: str = "gate") -> None:
+        self.name = name
+        self.entered = threading.Semaphore(0)
+        self.opened = threading.Event()
+        self.asked: list[str] = []
+
+    def run(self, context: ExecutionContext) -> ExecutionContext:
+        self.entered.release()
+        while not self.opened.wait(0.005):
+            if stop_requested():
+                self.asked.append("asked")
+                raise_if_stop_requested()
+        return context.copy({self.name: "passed"})
+
+
+def statuses(service: FlowService) -> set[FlowStatus]:
+    """Those of all executions."""
+    return {each.status for each in service.find_flow_executions(FlowFilter(limit=1000))}
