@@ -10,10 +10,11 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from typer.core import TyperGroup
 
 from ebbs_and_flows.cli import db, runs
+from ebbs_and_flows.cli.apps import AppError
 from ebbs_and_flows.cli.doctor import doctor
-from ebbs_and_flows.cli.worker import AppError, worker
 from ebbs_and_flows.cli.target import DATABASE_URL_VARIABLE, SCHEMA_VARIABLE, Settings, Target
 from ebbs_and_flows.cli.terminal import one_line, say
+from ebbs_and_flows.cli.worker import worker
 from ebbs_and_flows.errors import (
     DatabaseUrlError,
     EbbsError,
@@ -27,8 +28,9 @@ DONE, FAILED, USAGE, SCHEMA = 0, 1, 2, 3
 EPILOG = """\b
 Exit codes:
   0  done
-  1  what was asked for failed: no such run, its status does not allow it, the database does not answer
-  2  usage: unknown option, no database given, a URL that cannot be used
+  1  what was asked for failed: no such run, its status does not allow it, the database does not answer;
+     the worker broke; the doctor found a problem
+  2  usage: unknown option, no database given, a URL or an app that cannot be used
   3  the schema is missing, behind or altered: run "ebbs db upgrade"
 
 \b
@@ -44,7 +46,8 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names of the commands, as the help lists them."""
-        return sorted(super().list_commands(ctx), key=ORDER.index)
+        names = super().list_commands(ctx)
+        return [*(name for name in ORDER if name in names), *(name for name in names if name not in ORDER)]
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand."""
@@ -62,7 +65,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     name="ebbs",
     cls=Commands,
-    help="Flows of tasks in your SQL database: look after their runs, and bring the schema up to date.",
+    help="Flows of tasks in your SQL database: run them, look after their runs, and bring the schema up to date.",
     epilog=EPILOG,
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -1,0 +1,103 @@
+"""`ebbs doctor`: what stands in the way of flows in a database, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy.exc import SQLAlchemyError
+
+from ebbs_and_flows.cli.documents import print_json
+from ebbs_and_flows.cli.target import (
+    DatabaseUrlOption,
+    JsonOption,
+    NoSuchFileError,
+    SchemaOption,
+    Target,
+    find_target,
+)
+from ebbs_and_flows.cli.terminal import open_console, print_trimmed, safe, say
+from ebbs_and_flows.diagnosis import Finding, Verdict, diagnose, reach, unreachable
+from ebbs_and_flows.service import FlowService
+
+STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "bold red"}
+
+UNCUT = 10_000
+"""Columns that no line needs: where stdout is no terminal, each finding is one line."""
+
+
+def doctor(
+    ctx: typer.Context,
+    as_json: JsonOption = False,
+    database_url: DatabaseUrlOption = None,
+    schema: SchemaOption = None,
+) -> None:
+    """Look for what keeps flows from going on, and say what to do.
+
+    One line a check: ok, warning or problem. It looks at the database and its schema, at executions that wait or were
+    left behind, at connections and transactions, and at the file of SQLite, all of which it reads. Writes nothing.
+
+    Exits with 1 if there is a problem, with 3 if it is the schema.
+    """
+    target = find_target(ctx, database_url, schema)
+    findings = _findings(target)
+    if as_json:
+        print_json([finding.model_dump(mode="json") for finding in findings])
+    else:
+        _print(findings, target)
+    problems = [finding.check for finding in findings if finding.verdict is Verdict.PROBLEM]
+    if problems:
+        raise typer.Exit(3 if "schema" in problems else 1)
+
+
+def _findings(target: Target) -> list[Finding]:
+    """What there is to say, found with an engine that changes nothing: FlowService's own would switch SQLite to WAL."""
+    try:
+        target.require_file()
+    except NoSuchFileError as error:
+        found, _, advice = str(error).partition(": ")
+        return [Finding(check="database", verdict=Verdict.PROBLEM, found=found, advice=advice)]
+    with target.untouched() as engine:
+        findings = reach(engine, target.schema)
+        if any(finding.verdict is Verdict.PROBLEM for finding in findings):
+            return findings
+        try:
+            return diagnose(FlowService(engine, schema=target.schema))
+        except SQLAlchemyError as error:  # it has just gone away
+            return [unreachable(error)]
+
+
+def _print(findings: Sequence[Finding], target: Target) -> None:
+    console = open_console(needed_width=UNCUT)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        table.add_row(
+            Text(str(finding.verdict), style=STYLES[finding.verdict]),
+            Text(finding.check),
+            _said(finding, target, console),
+        )
+    print_trimmed(console, table)
+    counts = [(sum(each.verdict is verdict for each in findings), verdict) for verdict in Verdict]
+    say(", ".join(f"{number} {_plural(verdict, number)}" for number, verdict in reversed(counts) if number))
+
+
+def _said(finding: Finding, target: Target, console: Console) -> Text:
+    """What was found and, below it on a terminal and beside it elsewhere, the way out."""
+    text = Text(safe(finding.found))
+    if finding.advice is not None:
+        advice = finding.advice
+        if target.schema is not None:
+            advice = advice.replace('"ebbs db upgrade"', f'"ebbs db upgrade --schema {target.schema}"')
+        text.append("\n-> " if console.is_terminal else " -> ", style="bold")
+        text.append(safe(advice), style="bold" if finding.verdict is Verdict.PROBLEM else "")
+    return text
+
+
+def _plural(verdict: Verdict, number: int) -> str:
+    return str(verdict) if verdict is Verdict.OK or number == 1 else f"{verdict}s"
