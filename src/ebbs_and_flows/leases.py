@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy.exc import SQLAlchemyError
 
 from ebbs_and_flows.logs import logger
+from ebbs_and_flows.persistence.databases import said
 from ebbs_and_flows.service import FlowService
 
 RENEWALS_PER_LEASE = 3
@@ -49,6 +51,7 @@ class LeaseKeeper:
         self._holds: dict[tuple[str, int], _Hold] = {}
         self._thread: threading.Thread | None = None
         self._renewed_at = 0.0
+        self._is_failing = False
 
     def hold(self, worker: str, execution_id: int, epoch: int, on_lost: Callable[[], None] | None = None) -> None:
         """Renew this lease from now on.
@@ -103,8 +106,12 @@ class LeaseKeeper:
                     self._lose(worker, execution_id, holds[worker, execution_id])
             if is_time:
                 self._renewed_at = time.monotonic()
+            self._is_failing = False
         except SQLAlchemyError as error:
-            logger.warning("leases not renewed yet: %s", error)
+            # Said once: who holds the leases says more of the outage.
+            level = logging.DEBUG if self._is_failing else logging.WARNING
+            logger.log(level, "leases not renewed yet: %s", said(error))
+            self._is_failing = True
         except Exception:
             logger.exception("leases not renewed yet")
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebbs_and_flows.checkpoints import Claim, Verdict
+from ebbs_and_flows.executions import Failure
 
 logger = logging.getLogger("ebbs_and_flows")
 """The one logger of this library."""
@@ -50,6 +51,8 @@ def log_verdict(claim: Claim, verdict: Verdict) -> None:
     """Log how the open attempt of a claim has ended."""
     if verdict.succeeded:
         log_claim(claim, "succeeded")
+    elif verdict.end.failure is Failure.STOPPED:
+        log_claim(claim, "stopped: %s", verdict.reason or "without blame", level=logging.INFO)
     else:
         log_claim(claim, "failed with %s", verdict.reason or verdict.end.error_type, level=logging.WARNING)
 

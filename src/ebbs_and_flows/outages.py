@@ -6,9 +6,8 @@ import random
 import time
 from collections.abc import Iterator
 
-from sqlalchemy.exc import DBAPIError
-
 from ebbs_and_flows.logs import logger
+from ebbs_and_flows.persistence.databases import said
 
 WAITS_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 """The waits between tries while the database does not answer; the last one repeats."""
@@ -31,7 +30,7 @@ class Outage:
         # Spread out, so that all workers do not come back to a server that has just started in the same moment.
         seconds = next(self._waits) * random.uniform(0.75, 1.25)
         self.until = time.monotonic() + seconds
-        self.error = str(error.orig) if isinstance(error, DBAPIError) else str(error)
+        self.error = said(error)
         logger.warning("the database does not answer as it should, trying again in %.2f s: %s", seconds, self.error)
 
     def over(self) -> None:

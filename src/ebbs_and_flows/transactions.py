@@ -13,7 +13,7 @@ from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded, Verdict
 from ebbs_and_flows.errors import TaskResultError
 from ebbs_and_flows.logs import logger
 from ebbs_and_flows.outcomes import Failed, Limit, Outcome, Success, run_body
-from ebbs_and_flows.persistence.databases import is_lost_savepoint, is_refusal
+from ebbs_and_flows.persistence.databases import is_lost_savepoint, is_refusal, said
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
 from ebbs_and_flows.service import CommitRefusedError, FlowService
 from ebbs_and_flows.tasks import Task
@@ -101,7 +101,7 @@ class Transactions:
             except SQLAlchemyError as error:
                 if outcome is None and seconds is not None and not _is_refusal(error):
                     # The transaction could not be begun, so the task has not been started: no attempt of its own.
-                    logger.warning("execution %s: no transaction yet: %s", claim.execution.execution_id, error)
+                    logger.warning("execution %s: no transaction yet: %s", claim.execution.execution_id, said(error))
                     self._sleep(seconds)
                     continue
                 return self._after_failed_commit(claim, task, outcome, checkpoint, error)

@@ -21,6 +21,7 @@ from ebbs_and_flows.errors import InvalidArgumentError, WorkerStateError
 from ebbs_and_flows.health import InFlight, WorkerHealth
 from ebbs_and_flows.logs import logger
 from ebbs_and_flows.names import MAX_NAME_LENGTH, valid_name
+from ebbs_and_flows.persistence.databases import said
 from ebbs_and_flows.persistence.listening import Listener
 from ebbs_and_flows.pools import runs_here
 from ebbs_and_flows.remote import portable
@@ -323,7 +324,7 @@ class Worker:
         service = self.runner.service
 
         def report(error: Exception) -> None:
-            logger.warning("cannot listen, polling instead: %s", error)
+            logger.warning("cannot listen, polling instead: %s", said(error))
 
         listener = Listener(service.engine, service.channel, dispatcher.wake, report)
         listener.start()

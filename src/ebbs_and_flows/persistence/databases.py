@@ -96,6 +96,11 @@ def is_refusal(error: DBAPIError) -> bool:
     return isinstance(error, (DataError, IntegrityError, ProgrammingError))
 
 
+def said(error: Exception) -> str:
+    """What the database said, on one line, without SQLAlchemy's own explanations; for logs."""
+    return " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
+
+
 def is_lost_savepoint(error: BaseException) -> bool:
     """Whether the database says that a savepoint is gone: the transaction around it was ended in plain SQL."""
     if not isinstance(error, DBAPIError):
