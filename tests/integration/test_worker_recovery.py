@@ -229,6 +229,57 @@ def test_a_commit_whose_answer_is_lost_is_read_back_and_not_written_again(
     assert [each.status for each in service.get_task_executions(execution_id)] == [TaskStatus.SUCCEEDED] * 3
 
 
+def test_an_end_whose_answer_and_read_back_are_both_lost_goes_on_all_the_same(
+    service: FlowService, runner: FlowRunner, outside: Outside
+) -> None:
+    runner.register_flow_template(abc(outside))
+    record, read_back = service.checkpoint_free, service.outcome_of
+    losses = [True, True]
+
+    def lose_answer(checkpoints: object) -> object:
+        recorded = record(checkpoints)  # type: ignore[arg-type]
+        if len(losses) == 2:
+            losses.pop()
+            raise OperationalError("COMMIT", {}, Exception("connection lost"))
+        return recorded
+
+    def lose_read_back(checkpoint: object) -> object:
+        if losses:
+            losses.pop()
+            raise OperationalError("SELECT", {}, Exception("connection lost"))
+        return read_back(checkpoint)  # type: ignore[arg-type]
+
+    service.checkpoint_free = lose_answer  # type: ignore[method-assign,assignment]
+    service.outcome_of = lose_read_back  # type: ignore[method-assign,assignment]
+    execution_id = runner.schedule_flow("abc")
+    with Worker(runner, poll_seconds=0.05).running():
+        wait_until(lambda: service.get_flow_execution(execution_id).status is FlowStatus.SUCCEEDED)
+    assert losses == []
+    assert outside.calls == ["a", "b", "c"]
+
+
+def test_nothing_starts_after_a_cancel_that_came_between_a_commit_and_its_lost_answer(
+    service: FlowService, runner: FlowRunner, outside: Outside
+) -> None:
+    runner.register_flow_template(abc(outside))
+    record = service.checkpoint_free
+    losses = [True]
+
+    def lose_answer(checkpoints: object) -> object:
+        recorded = record(checkpoints)  # type: ignore[arg-type]
+        if losses:
+            losses.pop()
+            runner.cancel_flow_execution(execution_id)
+            raise OperationalError("COMMIT", {}, Exception("connection lost"))
+        return recorded
+
+    service.checkpoint_free = lose_answer  # type: ignore[method-assign,assignment]
+    execution_id = runner.schedule_flow("abc")
+    Worker(runner, poll_seconds=0.05).run(until_idle=True)
+    assert service.get_flow_execution(execution_id).status is FlowStatus.CANCELLED
+    assert outside.calls == ["a"]
+
+
 def test_a_claim_whose_answer_is_lost_is_handed_back(
     service: FlowService, runner: FlowRunner, outside: Outside
 ) -> None:
