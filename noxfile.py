@@ -33,6 +33,11 @@ PYENV_ROOT = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
 PYENV_FOLDERS = [str(folder) for python in PYTHONS for folder in sorted(PYENV_ROOT.glob(f"versions/{python}.*/bin"))]
 os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *PYENV_FOLDERS])
 
+# What real processes, signals and servers do takes minutes, and does not depend on each combination: those tests run
+# with the oldest and the newest one that is here.
+INSTALLED = [each for each in COMBINATIONS if each[0] == RUNNING_PYTHON or shutil.which(f"python{each[0]}")]
+WITH_ACCEPTANCE = (INSTALLED[0], INSTALLED[-1])
+
 
 def group(name: str) -> list[str]:
     """Return the requirements of one of the dependency groups in pyproject.toml."""
@@ -49,9 +54,20 @@ def demo(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("python,sqlalchemy", COMBINATIONS)
 def tests(session: nox.Session, sqlalchemy: str) -> None:
-    """Run all tests, on SQLite and PostgreSQL, with each installed Python and each line of SQLAlchemy."""
+    """Run all tests, on SQLite and PostgreSQL, with each installed Python and each line of SQLAlchemy.
+
+    Those with real processes (tests/acceptance) run with the oldest and the newest combination only.
+    """
     session.install(".[postgres,cli]", SQLALCHEMY[sqlalchemy], *group("test"), *group("demo"))
-    session.run("pytest", "-n", "2", *session.posargs)
+    leave_out = () if (session.python, sqlalchemy) in WITH_ACCEPTANCE else ("--ignore", "tests/acceptance")
+    session.run("pytest", "-n", "2", *leave_out, *session.posargs)
+
+
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Kill workers and servers at random for some minutes, and check that nothing is lost: see benchmarks/README.md."""
+    session.install(".[postgres]", *group("test"))
+    session.run("python", "benchmarks/chaos.py", *session.posargs)
 
 
 @nox.session
