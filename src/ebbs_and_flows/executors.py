@@ -19,6 +19,7 @@ from ebbs_and_flows.outcomes import Failed
 from ebbs_and_flows.pools import Pool, made_anew, runs_here
 from ebbs_and_flows.registry import REGISTRY
 from ebbs_and_flows.remote import Entry, portable, remote_call, run_call
+from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.verdicts import STOPPED, judge_lost
 
 START_SECONDS = 60.0
@@ -64,14 +65,14 @@ class ExecutorLane(Lane):
     ) -> None:
         super().__init__(concurrency, patience_seconds)
         self._concurrency = concurrency
-        self.is_in_this_process = runs_here(executor)
+        self.is_in_this_process = False
         self._make = executor if not isinstance(executor, Executor) else None
         self._pool: Pool | None = None
         self._pool_of: dict[Run, Pool] = {}
         self._post = post
         self._ended = ended
         self._on_dead = on_dead
-        self._portable: dict[tuple[str, str], tuple[object, bytes]] = {}
+        self._portable: dict[tuple[str, str], tuple[Task, int, bytes]] = {}
         self._in_vain: Counter[int] = Counter()
         if isinstance(executor, Executor):
             self._use(Pool(executor, is_own=False))
@@ -90,10 +91,10 @@ class ExecutorLane(Lane):
         assert run.deadline is not None, "it has a limit"
         assert run.began is not None, "it has begun"
         pool = self._pool_of.get(run)
+        entry = None if pool is None else pool.entries().get(run)
         if pool is None or pool.journal is None or run.limit is None or run.limit.seconds is None:
             return run.deadline
         latest = math.inf if run.claim.deadline is None else run.claim.deadline
-        entry = pool.entry_of(run)
         if entry is not None and entry.began is not None:
             return min(entry.began + run.limit.seconds, latest)
         return min(max(run.deadline, now + LOOK_AGAIN_SECONDS), run.began + START_SECONDS, latest)
@@ -154,11 +155,10 @@ class ExecutorLane(Lane):
     def _portable_task(self, run: Run) -> bytes:
         """The task as it travels, made once; and again after a type has been registered."""
         key = (run.template.name, run.name)
-        version = (run.task, REGISTRY.changes)
         found = self._portable.get(key)
-        if found is None or found[0] != version:
-            found = self._portable[key] = (version, portable(run.template, run.task, run.name))
-        return found[1]
+        if found is None or found[0] is not run.task or found[1] != REGISTRY.changes:
+            found = self._portable[key] = (run.task, REGISTRY.changes, portable(run.template, run.task, run.name))
+        return found[2]
 
     # --- how calls end ------------------------------------------------------------------------------------------------
 
@@ -261,6 +261,7 @@ class ExecutorLane(Lane):
 
     def _use(self, pool: Pool) -> None:
         before, self._pool = self._pool, pool
+        self.is_in_this_process = runs_here(pool.executor)
         if before is not None and not before.runs:
             before.close()
         self.slots = min(self._concurrency, pool.slots or self._concurrency)

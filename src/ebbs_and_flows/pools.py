@@ -69,15 +69,12 @@ class Pool:
         future.add_done_callback(self._note_deaths)
         return future
 
-    def entry_of(self, run: Run) -> Entry | None:
-        """What its process has noted of a run; `None` before it was taken up, and where nothing is noted."""
-        if self.journal is None:
-            return None
-        return read_journal(self.journal).get(token_of(run.claim))
-
     def entries(self) -> dict[Run, Entry]:
-        """What the processes have noted of the runs that are in it."""
-        noted = {} if self.journal is None else read_journal(self.journal)
+        """What the processes have noted of the runs that are in it, once they have taken them up."""
+        try:
+            noted = {} if self.journal is None else read_journal(self.journal)
+        except OSError:  # whoever cleans up temporary files has been here
+            self.journal, noted = None, {}
         return {run: noted[token] for run in self.runs if (token := token_of(run.claim)) in noted}
 
     def kill(self) -> None:

@@ -30,9 +30,6 @@ from ebbs_and_flows.verdicts import judge
 LOOK_SECONDS = 0.5
 """How often a pool's process looks whether the worker's process is still there, where nothing tells it."""
 
-PAGE_BYTES = 128
-"""The size of a page of the journal: three numbers and a time, with room to spare."""
-
 
 @dataclass(frozen=True)
 class RemoteCall:
@@ -148,7 +145,11 @@ class Entry:
 
 
 def read_journal(folder: str) -> dict[str, Entry]:
-    """What the processes of a pool have noted last, by the attempt's token."""
+    """What the processes of a pool have noted last, by the attempt's token.
+
+    Raises:
+        OSError: the folder is not there any more.
+    """
     entries = {}
     for page in Path(folder).iterdir():
         with suppress(OSError, ValueError):  # it is being written
@@ -158,23 +159,10 @@ def read_journal(folder: str) -> dict[str, Entry]:
 
 
 def _note(call: RemoteCall, began: float | None = None) -> None:
-    if call.journal is None:
-        return
-    page = _page(os.getpid(), call.journal)
-    if page is not None:
-        text = f"{call.token} {'' if began is None else began}"
-        with suppress(OSError):
-            os.lseek(page, 0, os.SEEK_SET)
-            os.write(page, text.ljust(PAGE_BYTES).encode("ascii"))
-
-
-@functools.lru_cache(maxsize=1)
-def _page(process: int, folder: str) -> int | None:
-    """The file descriptor of this process' page, kept open; `None` on a machine that does not have the folder."""
-    try:
-        return os.open(Path(folder) / str(process), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    except OSError:
-        return None
+    if call.journal is not None:
+        with suppress(OSError):  # a machine that does not have the folder
+            page = Path(call.journal) / str(os.getpid())
+            page.write_text(f"{call.token} {'' if began is None else began}", "ascii")
 
 
 # --- the process ------------------------------------------------------------------------------------------------------
@@ -211,7 +199,7 @@ def _prepare(_process: int, worker_process: int) -> None:
 
 
 def _end_with(parent: int, sentinel: Any) -> None:
-    is_child = os.getppid() == parent  # not that of a fork server
+    is_child = sentinel is None or os.getppid() == parent  # not a fork server's
     while True:
         if sentinel is None:
             time.sleep(LOOK_SECONDS)

@@ -132,17 +132,6 @@ class FlowTemplate:
             _declare_types(task)
         self._types_declared = True
 
-    def declared_types(self) -> tuple[Any, ...]:
-        """The types that the flow's inputs and its tasks declare, each once."""
-        items = [*(self._declared_inputs or ())]
-        for task in self._tasks:
-            items += [*task.inputs(), *task.outputs()]
-        found: list[Any] = []
-        for item in items:
-            if item.type is not Any and item.type not in found:
-                found.append(item.type)
-        return tuple(found)
-
     def check_inputs(self, present: Iterable[str]) -> None:
         """Raise `MissingInputError` unless every required input of the flow is among the names `present`."""
         names = set(present)
