@@ -539,12 +539,17 @@ class FlowService:
         Args:
             limit: at most so many.
             queues: only of these; default of all.
-            max_in_flight: by queue, how many executions may be RUNNING at once, over all workers.
+            max_in_flight: by queue, how many executions may be RUNNING at once, over all workers; needs `queues`.
             only: the execution of this id and nothing else, also before it is due.
 
         Returns:
             The claims, in the order in which they are to run.
+
+        Raises:
+            InvalidArgumentError: `max_in_flight` without `queues`.
         """
+        if max_in_flight and queues is None:
+            raise InvalidArgumentError("queues", queues, "the queues to claim from, where max_in_flight bounds some")
         if not templates or limit < 1:
             return []
         with self._work() as work:

@@ -350,3 +350,10 @@ def test_templates_that_are_registered_later_are_run_as_well(
         runner.register_flow_template(one(lambda: None, "later"))
         execution_id = runner.schedule_flow("later")
         wait_until(lambda: service.get_flow_execution(execution_id).status is FlowStatus.SUCCEEDED)
+
+
+def test_a_claim_that_bounds_queues_names_those_it_takes_from(service: FlowService, runner: FlowRunner) -> None:
+    with pytest.raises(InvalidArgumentError, match="where max_in_flight bounds some"):
+        service.claim(
+            runner.templates, {FlowStatus.SCHEDULED}, "somebody", lease_seconds=30, max_in_flight={"default": 1}
+        )
