@@ -59,6 +59,16 @@ def runner():
     return runner
 '''
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _hang_up_is_heard() -> Iterator[None]:
+    """Under `nohup` the tests' own process ignores SIGHUP, and so would each that it starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL) if sys.platform != "win32" else None
+    yield
+    if sys.platform != "win32":
+        signal.signal(signal.SIGHUP, before)
+
+
 SLEEP = "sleep [bold]\u202e"
 
 

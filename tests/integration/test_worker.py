@@ -141,12 +141,14 @@ def test_a_worker_that_does_not_listen_polls(runner: FlowRunner, outside: Outsid
         wait_until(lambda: worker.health().succeeded == 1)
 
 
-def test_a_thousand_coroutines_need_no_thread_each(service: FlowService, runner: FlowRunner) -> None:
+def test_hundreds_of_coroutines_need_no_thread_each(service: FlowService, runner: FlowRunner) -> None:
     threads: set[int] = set()
+    opened = threading.Event()
 
     @task
     async def sleep() -> None:
-        await asyncio.sleep(0.2)
+        while not opened.is_set():  # noqa: ASYNC110  # it is set in another thread
+            await asyncio.sleep(0.05)
         threads.add(threading.get_ident())
 
     runner.register_flow_template(FlowTemplate("sleep", [sleep]))
@@ -156,8 +158,9 @@ def test_a_thousand_coroutines_need_no_thread_each(service: FlowService, runner:
         session.commit()
     before = threading.active_count()
     with Worker(runner, concurrency=300, poll_seconds=0.05).running() as worker:
-        wait_until(lambda: worker.health().in_flight > 200)
+        wait_until(lambda: worker.health().in_flight == 300)
         assert threading.active_count() - before < 10
+        opened.set()
         wait_until(lambda: worker.health().succeeded == 300)
     assert len(threads) == 1
 
