@@ -161,7 +161,7 @@ class Dispatcher:
                 logger.exception("a worker's turn failed, which should not be; it goes on")
                 self.outage.note(error)
         if self.is_stopping:
-            is_over = not self.runs and not self._ends
+            is_over = not (self.runs or self._ends or self._may_have_strays)
             return is_over or time.monotonic() > self._stops_at + LAST_WORDS_SECONDS
         return is_done
 
@@ -387,6 +387,8 @@ class Dispatcher:
             log_claim(run.claim, "refused, the execution is no longer held here", level=logging.WARNING)
             self.counts["refused"] += 1
             self._drop(run)
+            # A transactional task may have committed, and begun the next one, just as it was handed back.
+            self._may_have_strays = self._may_have_strays or self.is_stopping
             return
         self.counts["attempts"] += 1
         log_verdict(run.claim, verdict)
@@ -427,12 +429,12 @@ class Dispatcher:
             self._has_more = True
 
     def _hand_back_strays(self) -> None:
-        """Hand back what is held under this worker's name and does not run: claims whose answer was lost."""
+        """Hand back what is held under this worker's name and does not run, such as claims whose answer was lost."""
         if not self._may_have_strays:
             return
         strays = [each for each in self._service.held_by(self._settings.name) if each.execution_id not in self.runs]
         for stray in strays:
-            logger.warning("execution %s was claimed without an answer, handed back", stray.execution_id)
+            logger.warning("execution %s is held here without being run, handed back", stray.execution_id)
         answers = [self._stepper.hand_back(stray) for stray in strays]
         self._may_have_strays = not all(answers)
         self._has_more = True

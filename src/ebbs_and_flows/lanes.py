@@ -11,11 +11,13 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ebbs_and_flows.checkpoints import Claim, Verdict
 from ebbs_and_flows.errors import StopRequestedError
-from ebbs_and_flows.logs import ABOUT, about, log_claim
+from ebbs_and_flows.logs import ABOUT, about, log_claim, logger
 from ebbs_and_flows.outcomes import Failed, Limit, Outcome, run_async_body, run_body
 from ebbs_and_flows.stopping import SIGNAL, WORKER_STOPS, StopSignal
 from ebbs_and_flows.tasks import Task
@@ -251,7 +253,14 @@ class LocalLane(Lane):
         ABOUT.set(about(run.claim))
         assert run.limit is not None, "its body has begun"
         try:
-            return self._transactions.run(run.claim, run.template, run.task, limit=run.limit, goes_on=self._goes_on)
+            return self._transactions.run(
+                run.claim,
+                run.template,
+                run.task,
+                limit=run.limit,
+                goes_on=self._goes_on,
+                failed=partial(verdict_of, run),
+            )
         except BaseException as error:  # also KeyboardInterrupt: in this thread it is the task's own doing
             return verdict_of(run, Failed(error))
 
@@ -328,17 +337,19 @@ class BodyThreads:
 
 
 class BodyLoop:
-    """One event loop in a thread of its own, started with the first coroutine."""
+    """One event loop in a thread of its own, started with the first coroutine. None can end it for the others."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_closing = threading.Event()
         self._tasks: dict[Run, asyncio.Task[None]] = {}
 
     def start(self, run: Run, ended: Callable[[Verdict], None]) -> None:
         """Run the body of an `async def` task on the loop."""
-        if self._loop is None:
+        if self._loop is None or self._loop.is_closed():
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=_serve_loop, args=(self._loop,), name="ebbs async tasks", daemon=True).start()
+            arguments = (self._loop, self._is_closing)
+            threading.Thread(target=_serve_loop, args=arguments, name="ebbs async tasks", daemon=True).start()
         self._loop.call_soon_threadsafe(self._begin, self._loop, run, ended)
 
     def cancel(self, run: Run) -> None:
@@ -349,8 +360,7 @@ class BodyLoop:
             if task is not None:
                 task.cancel()
 
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(cancel)
+        self._call(cancel)
 
     def leave(self) -> None:
         """Leave a loop that does not react any more to itself: the next coroutine starts on a new one."""
@@ -359,9 +369,15 @@ class BodyLoop:
 
     def close(self) -> None:
         """Cancel what still runs and end the loop."""
+        self._is_closing.set()
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._call(self._loop.stop)
             self._loop = None
+
+    def _call(self, callback: Callable[[], None]) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # a task has closed it
+                self._loop.call_soon_threadsafe(callback)
 
     def _begin(self, loop: asyncio.AbstractEventLoop, run: Run, ended: Callable[[Verdict], None]) -> None:
         self._tasks[run] = loop.create_task(self._body(run, ended), name=f"ebbs task {run.name}")
@@ -379,15 +395,20 @@ class BodyLoop:
         ended(verdict)
 
 
-def _serve_loop(loop: asyncio.AbstractEventLoop) -> None:
+def _serve_loop(loop: asyncio.AbstractEventLoop, is_closing: threading.Event) -> None:
     asyncio.set_event_loop(loop)
     try:
-        loop.run_forever()
+        while not (is_closing.is_set() or loop.is_closed()):
+            try:
+                loop.run_forever()
+            except BaseException as error:  # asyncio passes on a SystemExit of what a body has started beside itself
+                logger.warning("a task has ended the event loop of all, which goes on: %r", error)
     finally:
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        if left:
-            loop.run_until_complete(asyncio.wait(left, timeout=1.0))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+        if not loop.is_closed():
+            left = asyncio.all_tasks(loop)
+            for task in left:
+                task.cancel()
+            if left:
+                loop.run_until_complete(asyncio.wait(left, timeout=1.0))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()

@@ -60,12 +60,14 @@ class Transactions:
         *,
         limit: Limit,
         goes_on: Callable[[], bool] = lambda: True,
+        failed: Callable[[Failed], Verdict] | None = None,
     ) -> Verdict | Written:
         """Run the open attempt of a claim.
 
         Args:
             limit: how long it may take: past it, it is rolled back.
             goes_on: asked when the task is done: whether the next task follows under this claim.
+            failed: judges what the task raised; default by its retry policy.
 
         Returns:
             What was written with the task's effects; or, where they were rolled back, the verdict that is to be.
@@ -95,7 +97,7 @@ class Transactions:
                 assert isinstance(outcome, Failed), "only a failure asks for a rollback"
                 if is_lost:
                     return self._lost(claim, task, outcome)
-                return judge(task, outcome, claim.counts_of(attempt.name))
+                return failed(outcome) if failed else judge(task, outcome, claim.counts_of(attempt.name))
             except CommitRefusedError as refused:
                 return judge(task, Failed(refused.error), claim.counts_of(attempt.name))
             except SQLAlchemyError as error:

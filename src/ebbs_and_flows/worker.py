@@ -44,7 +44,8 @@ class Worker:
     dead writes nothing any more. A database that does not answer is waited for.
 
     Functions run in threads, `async def` tasks on one event loop, transactional tasks in threads with a connection of
-    the engine's pool each.
+    the engine's pool each. Of that pool the worker itself needs three connections; tasks that take more from it (by the
+    service's engine, say) are to leave it those, or its leases cannot be renewed: give them an engine of their own.
 
     Args:
         runner: whose templates it runs; templates that are registered later count from then on.
@@ -87,6 +88,8 @@ class Worker:
             raise InvalidArgumentError("concurrency", concurrency, "an int of at least 1")
         if executor is not None and not isinstance(executor, Executor) and not callable(executor):
             raise InvalidArgumentError("executor", executor, "a concurrent.futures.Executor, or what makes one")
+        if not isinstance(listen, bool):
+            raise InvalidArgumentError("listen", listen, "True or False")
         self.runner = runner
         self._concurrency = concurrency
         self._lease_seconds = valid_lease_seconds(lease_seconds)
@@ -134,7 +137,8 @@ class Worker:
         ended then is handed back, to go on at the same task elsewhere.
 
         Args:
-            until_idle: whether to return as soon as nothing is due, nothing is in flight, and no retry is to come.
+            until_idle: whether to return as soon as nothing is due here, nothing is in flight here, and no retry is to
+                come, however late. What other workers hold is theirs.
 
         What tasks raise is recorded, and what the database says is logged and waited for; neither is raised.
 
@@ -144,7 +148,10 @@ class Worker:
         self._serve(self._begin(), until_idle=until_idle)
 
     def stop(self, grace_seconds: float | None = None) -> None:
-        """Ask it to stop, from any thread, and return at once.
+        """Ask it to stop, from any thread, and return at once. Nothing happens where it is not running (yet).
+
+        `run` returns some seconds after the grace period at the latest, unless a statement waits for a lock in the
+        database: that is bounded by what the database allows (`lock_timeout`; 30 s on SQLite).
 
         Args:
             grace_seconds: how long tasks that run may take to end; default as the worker was made. A shorter one may

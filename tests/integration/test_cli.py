@@ -180,7 +180,7 @@ def test_what_comes_next_is_said_of_each_status(ebbs: Ebbs, service: FlowService
     with service.engine.begin() as connection:
         connection.execute(executions.update().values(lease_expires_at=datetime(2001, 1, 1, tzinfo=timezone.utc)))
     shown = " ".join(ebbs("runs", "show", due).stdout.split())
-    assert "the worker may be lost" in shown
+    assert "any other one that has the template takes over" in shown
     assert f"ebbs runs cancel {due}" in shown
 
 

@@ -290,6 +290,7 @@ def test_queues_and_templates_have_bounds_over_all_workers(service: FlowService,
         {"poll_seconds": "1"},
         {"grace_seconds": -1},
         {"executor": 4},
+        {"listen": "no"},
     ],
     ids=str,
 )

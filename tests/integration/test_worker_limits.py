@@ -26,7 +26,7 @@ from ebbs_and_flows import (
     task,
     wait_for_stop,
 )
-from tests.integration.flows import Gate, Outside, abc
+from tests.integration.flows import Gate, Outside, abc, statuses
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 pytestmark = pytest.mark.usefixtures("sound_history")
@@ -278,6 +278,78 @@ def test_a_task_that_stops_when_asked_to_is_stopped_and_not_failed(
     (attempt,) = service.get_task_executions(execution_id)
     assert (attempt.failure, attempt.error_type) == (Failure.STOPPED, "WorkerStopped")
     assert service.get_flow_execution(execution_id).status is FlowStatus.RESCHEDULED
+
+
+def test_a_transactional_task_that_stops_when_asked_to_is_stopped_and_not_failed(
+    service: FlowService, runner: FlowRunner, worker: Worker
+) -> None:
+    entered = threading.Event()
+
+    @task
+    def stop_when_asked(session: Session) -> None:
+        session.execute(text("CREATE TABLE left_behind (number INTEGER)"))
+        entered.set()
+        wait_for_stop(PATIENCE_SECONDS)
+        raise_if_stop_requested()
+
+    runner.register_flow_template(FlowTemplate("stop", [stop_when_asked]))
+    execution_id = runner.schedule_flow("stop")
+    with worker.running():
+        assert entered.wait(PATIENCE_SECONDS)
+    (attempt,) = service.get_task_executions(execution_id)
+    assert (attempt.failure, attempt.error_type) == (Failure.STOPPED, "WorkerStopped")
+    assert service.get_flow_execution(execution_id).status is FlowStatus.RESCHEDULED
+
+
+def test_a_stop_without_grace_hands_back_also_what_is_committing(service: FlowService, runner: FlowRunner) -> None:
+    @task
+    def short(session: Session) -> None:
+        session.execute(text("SELECT 1"))
+
+    template = FlowTemplate("chain")
+    for number in range(200):
+        template.add_task(short, name=f"short-{number}")
+    runner.register_flow_template(template)
+    for _ in range(5):
+        for _ in range(8):
+            runner.schedule_flow("chain")
+        with Worker(runner, grace_seconds=0, poll_seconds=0.05).running() as worker:
+            wait_until(lambda worker=worker: worker.health().attempts > 20)  # type: ignore[misc]
+        assert FlowStatus.RUNNING not in statuses(service)
+
+
+@pytest.mark.parametrize("how", ["SystemExit in a task beside it", "loop.stop()", "loop.close()"])
+def test_no_coroutine_ends_the_event_loop_for_the_others(
+    service: FlowService, runner: FlowRunner, worker: Worker, how: str
+) -> None:
+    @task
+    async def bad() -> None:
+        async def leave() -> None:
+            raise SystemExit(1)
+
+        loop = asyncio.get_running_loop()
+        if how == "SystemExit in a task beside it":
+            beside = asyncio.create_task(leave())
+            await asyncio.sleep(0.05)
+            beside.cancelled()
+        elif how == "loop.stop()":
+            loop.stop()
+            await asyncio.sleep(0.01)
+        else:
+            loop.close()
+
+    @task
+    async def good() -> None:
+        await asyncio.sleep(0.01)
+
+    runner.register_flow_template(FlowTemplate("bad", [bad]))
+    runner.register_flow_template(FlowTemplate("good", [good]))
+    with worker.running():
+        ids = [runner.schedule_flow("bad")]
+        wait_until(lambda: service.get_flow_execution(ids[0]).status.is_final or worker.health().failed)
+        ids.append(runner.schedule_flow("good"))
+        wait_until(lambda: service.get_flow_execution(ids[1]).status is FlowStatus.SUCCEEDED)
+    assert not worker.is_running
 
 
 def test_a_coroutine_is_cancelled_after_the_grace(service: FlowService, runner: FlowRunner) -> None:

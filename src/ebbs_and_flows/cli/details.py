@@ -259,8 +259,11 @@ def _what_next(execution: FlowExecution, now: datetime) -> list[str]:
         expiry = distance(execution.lease_expires_at, now)
         if execution.lease_expires_at > now:
             return [f"Its worker holds it: the lease expires {expiry}, unless it is renewed."]
-        way_out = f"runner.recover({execution_id}) takes the execution over, or ebbs runs cancel {execution_id} ends it"
-        return [f"Its lease expired {expiry}: the worker may be lost. Once it is known to be dead, {way_out}."]
+        way_out = f"runner.recover({execution_id}), or end it with ebbs runs cancel {execution_id}"
+        return [
+            f"Its lease expired {expiry}: the worker is lost, and any other one that has the template takes over.",
+            f"If none does: start one, or take it over with {way_out}.",
+        ]
     return []
 
 
