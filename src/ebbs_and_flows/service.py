@@ -83,7 +83,8 @@ class FlowService:
         schema: the named schema that holds the tables (PostgreSQL only); default the connection's own.
         notify: whether to tell waiting workers at once that something is due (NOTIFY, on PostgreSQL only); default yes.
             Without it they find it by polling. A commit that notifies takes a lock which is one for the whole server,
-            so turn it off where very many transactions a second schedule flows.
+            so turn it off where very many transactions a second schedule flows; and where flows are scheduled in
+            transactions with a two-phase commit, which PostgreSQL cannot prepare after a NOTIFY.
 
     Raises:
         SchemaError: on PostgreSQL, the schema is missing or behind: run `ebbs db upgrade`.

@@ -72,7 +72,14 @@ def test_the_query_for_autoscaling_counts_workers_from_the_partial_indexes(servi
     service.schedule("any", delay=3600)
     service.schedule("any", queue="other")
     service.update_flow_status(1, FlowStatus.RUNNING)
+    finished = (
+        "INSERT INTO ebbs_flow_executions (template_name, status, execution_step, current_task_index, epoch, priority, "
+        "queue, run_at, created_at, updated_at) SELECT 'any', 'SUCCEEDED', 5, 1, 1, 0, 'default', now(), now(), now() "
+        "FROM generate_series(1, 20000)"
+    )
     with service.engine.connect() as connection:
+        connection.execute(text(finished))
+        connection.execute(text("ANALYZE ebbs_flow_executions"))
         assert connection.execute(text(query)).scalar_one() == 2
         connection.execute(text("SET enable_seqscan = off"))
         plan = "\n".join(connection.execute(text(f"EXPLAIN {query}")).scalars())
