@@ -96,7 +96,8 @@ class Failure(str, Enum):
     """The task ran past its `timeout_seconds`."""
 
     LOST = "LOST"
-    """The worker died or lost its lease under the attempt; its `error_type` is `WorkerLost`."""
+    """The worker, or the process that ran the task, died or lost its lease under the attempt; its `error_type` is
+    `WorkerLost`. Or a transactional task's database connection was lost; then it is the database's error."""
 
     STOPPED = "STOPPED"
     """The worker stopped in good order and handed the execution back; its `error_type` is `WorkerStopped`."""

@@ -29,7 +29,8 @@ class RetryPolicy:
         max_attempts: how many attempts may end in an exception or a time-out; 1 (the default) means no retry. A re-run
             by hand always grants one attempt more.
         max_crashes: how many attempts may lose their worker (a killed process, a lost machine) before the flow is
-            parked as FAILED; default 3. With 0 or 1 the first crash parks it already: a person decides.
+            parked as FAILED; default 3. With 0 or 1 the first crash parks it already: a person decides. The loss of a
+            transactional task's database connection counts as one.
         wait: a tenacity wait strategy, or any callable that takes a `tenacity.RetryCallState` (its `attempt_number` is
             the number of attempts that have failed) and returns seconds. Default: exponential from 1 s to 60 s, with
             up to 1 s of jitter.
