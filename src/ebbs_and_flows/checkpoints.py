@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
+from types import MappingProxyType
+from typing import NamedTuple
 
 from ebbs_and_flows.context import ContextDelta, ExecutionContext
-from ebbs_and_flows.executions import Failure, FlowExecution, FlowStatus, TaskExecution, TaskStatus
+from ebbs_and_flows.executions import Failure, FlowExecution, FlowStatus, TaskStatus
 
 NO_CHANGE = ContextDelta({}, ())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AttemptCounts:
     """How the attempts at one task of one execution have ended so far, counted in the database."""
 
@@ -20,30 +23,45 @@ class AttemptCounts:
     lost: int = 0
 
 
-@dataclass(frozen=True)
+NO_COUNTS: Mapping[str, AttemptCounts] = MappingProxyType({})
+_NONE_YET = AttemptCounts()
+
+
+class OpenAttempt(NamedTuple):
+    """An attempt that has begun: one is made for every step, so it is no more than that needs."""
+
+    flow_execution_step: int
+    task_index: int
+    name: str
+    attempt: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """An execution that this worker holds, with the attempt that is open in it.
 
-    `execution` has the context as the open attempt receives it. `attempt` is `None` once nothing is left to run: the
-    execution has come to rest, or is no longer this worker's.
+    `execution` is as it was when it was claimed, `context` what the open attempt receives. `attempt` is `None` once
+    nothing is left to run: the execution has come to rest, or is no longer this worker's.
     """
 
     execution: FlowExecution
-    attempt: TaskExecution | None
-    counts: dict[str, AttemptCounts] = field(default_factory=dict)
+    context: ExecutionContext
+    attempt: OpenAttempt | None
+    counts: Mapping[str, AttemptCounts]
     deadline: float | None = None
     """When the limit of the whole execution is reached, on this process' `time.monotonic`; `None` without one."""
 
     def counts_of(self, task_name: str) -> AttemptCounts:
         """The counts for one task; nothing yet for one that never started."""
-        return self.counts.get(task_name, AttemptCounts())
+        return self.counts.get(task_name, _NONE_YET)
 
     def at_rest(self, execution: FlowExecution) -> Claim:
         """The claim once nothing is left to run."""
         return replace(self, execution=execution, attempt=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AttemptEnd:
     """How one attempt ended."""
 
@@ -54,7 +72,7 @@ class AttemptEnd:
     output: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """How an attempt ended and what its task's policies say to that: plain data, which may come from another process.
 
@@ -74,7 +92,7 @@ class Verdict:
         return self.end.status is TaskStatus.SUCCEEDED
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NextAttempt:
     """What follows: another attempt under the same claim, as a rule the next task's first."""
 
@@ -83,7 +101,7 @@ class NextAttempt:
     attempt: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rest:
     """What follows: the execution leaves RUNNING.
 
@@ -96,7 +114,7 @@ class Rest:
     wait_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """The end of one attempt and what follows it: written in one transaction, or refused as a whole.
 
@@ -112,15 +130,17 @@ class Checkpoint:
     lease_seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Recorded:
-    """What came of a checkpoint: the next attempt, if one was started, and the new state of the execution's row."""
+    """What came of a checkpoint."""
 
-    at: datetime
-    attempt: TaskExecution | None
-    lease_expires_at: datetime | None
+    attempt: OpenAttempt | None
+    """The next attempt, if one was started."""
     then: NextAttempt | Rest
     """What followed."""
+    updated_at: datetime | None = None
+    run_at: datetime | None = None
+    """The times of the execution's row, where they were asked for."""
 
 
 def with_context(execution: FlowExecution, context: ExecutionContext) -> FlowExecution:

@@ -22,11 +22,13 @@ from ebbs_and_flows.lanes import Lane, LocalLane, Run
 from ebbs_and_flows.leases import LeaseKeeper
 from ebbs_and_flows.logs import about, log_claim, log_verdict, logger
 from ebbs_and_flows.outages import Outage, waits_without_end
+from ebbs_and_flows.rooms import Wanted
 from ebbs_and_flows.runner import FlowRunner
 from ebbs_and_flows.stepper import Stepper
 from ebbs_and_flows.stopping import NO_LONGER_HELD, PAST_LIMIT, WORKER_STOPS
 from ebbs_and_flows.transactions import Transactions, Written
 from ebbs_and_flows.verdicts import STOPPED, claim_after, judge
+from ebbs_and_flows.writers import Writer
 
 INTERRUPT_SECONDS = 1.0
 """How long a body that was cancelled or killed at its limit is given to end, before its attempt is ended without it."""
@@ -78,7 +80,10 @@ class Dispatcher:
         """Why it stopped by itself."""
         self._stop_grace: float | None = None
         self._stops_at = 0.0
-        self._ends = Ends(self._service, lease_seconds=settings.lease_seconds, goes_on=lambda: not self.is_stopping)
+        self._writer = Writer(self._service)
+        self._ends = Ends(
+            self._service, self._writer, lease_seconds=settings.lease_seconds, goes_on=lambda: not self.is_stopping
+        )
         self._last_chances = LastChances(settings.lease_seconds)
         self._may_have_strays = False
         self._has_more = True
@@ -136,6 +141,7 @@ class Dispatcher:
                 self._receive()
         finally:
             self._leases.stop()
+            self._writer.close()
             for lane in self._lanes:
                 lane.close()
 
@@ -147,11 +153,9 @@ class Dispatcher:
         is_done = False
         if now >= self.outage.until and not self._local.holds_the_write_lock:
             try:
-                for end, recorded in self._ends.write():
-                    self._go_on(end, recorded)
+                self._write(now)
                 self._hand_back_strays()
                 self._recover(now)
-                self._claim(now)
                 is_done = until_idle and self._is_idle(now)
                 self.outage.over()
                 self._local.allow_transactions()
@@ -217,33 +221,46 @@ class Dispatcher:
     def _look_for_more(self) -> None:
         self._has_more = True
 
-    def _claim(self, now: float) -> None:
-        free = min(self._settings.concurrency - len(self.runs), CLAIM_BATCH)
-        if self.is_stopping or free < 1 or not (self._has_more or now >= self._next_claim_at):
+    def _write(self, now: float) -> None:
+        """Write the ends that have arrived, claim what there is room for, and go on with both."""
+        wanted = self._wanted(now)
+        if wanted is None and not self._ends:
             return
+        try:
+            ends, claims = self._ends.write(wanted)
+            for end, recorded in ends:
+                self._go_on(end, recorded)
+            if wanted is None:
+                return
+            rested = sum(1 for _, recorded in ends if recorded is not None and recorded.attempt is None)
+            self._has_more = self._has_more or len(claims) >= wanted.limit + rested or wanted.only is not None
+            for claim in claims:
+                self._take_up(claim, by_itself=wanted.only is not None, beside=len(claims) > 1)
+        except BaseException:
+            if wanted is not None:
+                self._may_have_strays = True  # it may have been committed without an answer
+                self._has_more = True
+            raise
+
+    def _wanted(self, now: float) -> Wanted | None:
+        """What to claim now, if anything: as much as there is room for, and as much more as comes to rest meanwhile."""
+        free = min(self._settings.concurrency - len(self.runs), CLAIM_BATCH)
+        if self.is_stopping or not (self._has_more or now >= self._next_claim_at) or (free < 1 and not self._ends):
+            return None
         self._has_more = False
         self._next_claim_at = now + self._settings.poll_seconds
         if self._last_chances.keep_others_out(self.runs.values(), now):
-            return
-        only = self._last_chances.next(now) if self._last_chances else None
-        try:
-            claims = self._service.claim(
-                self._runner.templates,
-                RUNNABLE_STATUSES,
-                self._settings.name,
-                lease_seconds=self._settings.lease_seconds,
-                limit=free,
-                queues=self._settings.queues,
-                max_in_flight=self._settings.max_in_flight,
-                only=only,
-            )
-            self._has_more = len(claims) == free or only is not None
-            for claim in claims:
-                self._take_up(claim, by_itself=only is not None, beside=len(claims) > 1)
-        except BaseException:
-            self._may_have_strays = True  # it may have been committed without an answer
-            self._has_more = True
-            raise
+            return None
+        return Wanted(
+            self._runner.templates,
+            RUNNABLE_STATUSES,
+            self._settings.name,
+            self._settings.lease_seconds,
+            free,
+            self._settings.queues,
+            self._settings.max_in_flight,
+            self._last_chances.next(now) if self._last_chances else None,
+        )
 
     def _take_up(self, claim: Claim, *, by_itself: bool, beside: bool) -> None:
         self.counts["claimed"] += 1

@@ -92,6 +92,7 @@ class Lane(ABC):
         self._patience_seconds = patience_seconds
         self._waiting: deque[Run] = deque()
         self._waiting_alone: deque[tuple[float, Run]] = deque()
+        self._alone: Run | None = None
 
     def add(self, run: Run) -> None:
         """Take a run, to be started as soon as there is a place for it."""
@@ -103,16 +104,21 @@ class Lane(ABC):
 
     def ended(self, run: Run) -> None:
         """A body has ended, so that its place is free."""
+        self._leave(run)
+        self.start_what_can()
+
+    def _leave(self, run: Run) -> None:
         self.active.discard(run)
         self.limited.discard(run)
-        self.start_what_can()
+        if run is self._alone:
+            self._alone = None
 
     def start_what_can(self) -> float | None:
         """Start the runs there is a place for; in how many seconds this is to be asked again, if at all."""
+        if self._alone is not None:
+            return None
         while self._waiting_alone and self._waiting_alone[0][1].is_settled:
             self._waiting_alone.popleft()
-        if any(run.alone for run in self.active):
-            return None
         if self._waiting_alone:
             until, run = self._waiting_alone[0]
             now = time.monotonic()
@@ -134,6 +140,8 @@ class Lane(ABC):
 
     def _begin(self, run: Run) -> None:
         self.active.add(run)
+        if run.alone:
+            self._alone = run
         run.began = time.monotonic()
         run.limit = limit_of(run.claim, run.template, run.task, run.name)
         if run.limit.seconds is not None:
@@ -280,7 +288,7 @@ def run_here(run: Run) -> Verdict:
     SIGNAL.set(run.signal)
     ABOUT.set(about(run.claim))
     try:
-        return verdict_of(run, run_body(run.task, run.name, run.claim.execution.execution_context))
+        return verdict_of(run, run_body(run.task, run.name, run.claim.context))
     except BaseException as error:  # also KeyboardInterrupt: in this thread it is the task's own doing
         return verdict_of(run, Failed(error))
 
@@ -299,41 +307,75 @@ class BodyThreads:
     """Daemon threads that are used again. One whose body never returns is missed by nobody, and holds up no exit.
 
     `concurrent.futures.ThreadPoolExecutor` would count such a thread among its workers, and wait for it at exit.
+
+    One thread at a time is on its way to the jobs that wait; as it takes one and leaves others, it calls the next. So
+    where jobs take their time, each soon has a thread of its own; and where they do not, one thread has done them all
+    before the next one arrives, and hardly any time goes into changing threads.
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
+        self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        """For each thread that is called, True; False where it is to end."""
         self._idle = 0
+        self._is_one_coming = False
+        self._is_closed = False
 
     def start(self, job: Callable[[], None]) -> None:
-        """Run a job that raises nothing, at once, in a thread that has nothing to do or a new one."""
+        """Run a job that raises nothing, in a thread that has nothing to do or a new one.
+
+        Raises:
+            RuntimeError: there is no such thread, and no new one for this process.
+        """
         with self._lock:
-            is_idle = self._idle > 0
-            if is_idle:
-                self._idle -= 1
-        if not is_idle:
-            threading.Thread(target=self._serve, name="ebbs task", daemon=True).start()
-        self._jobs.put(job)
+            self._jobs.append(job)
+            if self._is_one_coming:
+                return
+            try:
+                self._call_one()
+            except RuntimeError:
+                self._jobs.remove(job)
+                raise
 
     def close(self) -> None:
         """End the threads that have nothing to do; the others end after what they do."""
         with self._lock:
+            self._is_closed = True
             for _ in range(self._idle):
-                self._jobs.put(None)
-            self._idle = -(2**31)  # whoever comes back finds that nobody waits any more
+                self._calls.put(False)
+            self._idle = 0
+
+    def _call_one(self) -> None:
+        """Send a thread to the jobs that wait; called under the lock."""
+        if self._idle > 0:
+            self._idle -= 1
+            self._calls.put(True)
+        else:
+            threading.Thread(target=self._serve, name="ebbs task", daemon=True).start()
+        self._is_one_coming = True
 
     def _serve(self) -> None:
+        is_coming = True
         while True:
-            job = self._jobs.get()
-            if job is None:
-                return
-            job()
-            del job
             with self._lock:
-                if self._idle < 0:
-                    return
-                self._idle += 1
+                if is_coming:
+                    self._is_one_coming = is_coming = False
+                job = self._jobs.popleft() if self._jobs else None
+                if job is None:
+                    if self._is_closed:
+                        return
+                    self._idle += 1
+                elif self._jobs and not self._is_one_coming:
+                    with suppress(RuntimeError):  # no more threads: this one, or another one that is free, comes back
+                        self._call_one()
+            if job is not None:
+                job()
+                del job
+            elif self._calls.get():
+                is_coming = True
+            else:
+                return
 
 
 class BodyLoop:
@@ -386,7 +428,7 @@ class BodyLoop:
         SIGNAL.set(run.signal)
         ABOUT.set(about(run.claim))
         try:
-            outcome = await run_async_body(run.task, run.name, run.claim.execution.execution_context)
+            outcome = await run_async_body(run.task, run.name, run.claim.context)
             verdict = verdict_of(run, outcome)
         except BaseException as error:  # a cancellation that came before the body began, or a hostile policy
             verdict = verdict_of(run, Failed(error))

@@ -77,7 +77,7 @@ def remote_call(claim: Claim, task: bytes, journal: str | None) -> RemoteCall:
     return RemoteCall(
         task,
         attempt.name,
-        claim.execution.execution_context,
+        claim.context,
         claim.counts_of(attempt.name),
         about(claim),
         token_of(claim),

@@ -1,13 +1,38 @@
-"""How many more executions may run: the bounds of queues and templates, over all workers."""
+"""What a worker wants to claim, and how many more may run: the bounds of queues and templates, over all workers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from ebbs_and_flows.executions import FlowExecution
+from ebbs_and_flows.checkpoints import Checkpoint, Recorded, Rest
+from ebbs_and_flows.executions import FlowExecution, FlowStatus
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
 from ebbs_and_flows.templates import FlowTemplate
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a worker asks for when it claims; see `FlowService.claim`."""
+
+    templates: Mapping[str, FlowTemplate]
+    statuses: Collection[FlowStatus]
+    worker: str
+    lease_seconds: float
+    limit: int = 1
+    queues: Collection[str] | None = None
+    max_in_flight: Mapping[str, int] = field(default_factory=dict)
+    only: int | None = None
+
+    def is_possible(self, checkpoints: Sequence[Checkpoint]) -> bool:
+        """Whether there is room for one, now or with these checkpoints."""
+        most = self.limit + sum(1 for each in checkpoints if isinstance(each.then, Rest))
+        return bool(self.templates) and most > 0
+
+    def more_by(self, recorded: Iterable[Recorded | None]) -> Wanted:
+        """The same, and as many more as have come to rest."""
+        rested = sum(1 for each in recorded if each is not None and each.attempt is None)
+        return replace(self, limit=self.limit + rested)
 
 
 @dataclass

@@ -305,7 +305,9 @@ class FlowRunner:
         try:
             while claim.attempt is not None:
                 claim = self._stepper.step(claim)
-            return self.service.get_flow_execution(held.execution_id)
+            if claim.execution.status is not FlowStatus.RUNNING:
+                return claim.execution
+            return self.service.get_flow_execution(held.execution_id)  # it is no longer held here
         except KeyboardInterrupt:
             self._stepper.hand_back(held)
             raise

@@ -30,7 +30,7 @@ from ebbs_and_flows.arguments import (
     valid_status,
     way_out,
 )
-from ebbs_and_flows.checkpoints import NO_CHANGE, AttemptEnd, Checkpoint, Claim, Recorded
+from ebbs_and_flows.checkpoints import NO_CHANGE, NO_COUNTS, AttemptEnd, Checkpoint, Claim, OpenAttempt, Recorded
 from ebbs_and_flows.context import ContextDelta, ExecutionContext
 from ebbs_and_flows.errors import (
     InvalidArgumentError,
@@ -50,6 +50,7 @@ from ebbs_and_flows.executions import (
     TaskStatus,
 )
 from ebbs_and_flows.names import MAX_NAME_LENGTH, valid_name
+from ebbs_and_flows.persistence.batches import CheckpointBatch
 from ebbs_and_flows.persistence.contexts import NO_CONTEXT
 from ebbs_and_flows.persistence.databases import capacity_of, create_engine_for, database_of
 from ebbs_and_flows.persistence.inspection import Inspection
@@ -57,7 +58,7 @@ from ebbs_and_flows.persistence.repositories import NewExecution
 from ebbs_and_flows.persistence.statements import Statements
 from ebbs_and_flows.persistence.tables import build_tables
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
-from ebbs_and_flows.rooms import Room
+from ebbs_and_flows.rooms import Room, Wanted
 from ebbs_and_flows.templates import FlowTemplate
 from ebbs_and_flows.texts import bounded, printable
 
@@ -111,6 +112,7 @@ class FlowService:
             self.close()
             raise
         self._working_engine = self._database.isolate(self.engine)
+        self._one_statement_engine = self._database.without_transactions(self.engine)
         self._statements = Statements(build_tables(schema), self._database)
         self._templates: dict[str, FlowTemplate] = {}
 
@@ -514,7 +516,10 @@ class FlowService:
             counts = work.attempts.counts([execution.execution_id])
         if found.epoch != execution.epoch:
             raise LeaseLostError(execution.execution_id, execution.epoch)
-        return Claim(found, attempt, counts[execution.execution_id])
+        open_attempt = OpenAttempt(
+            attempt.flow_execution_step, attempt.task_index, attempt.name, attempt.attempt, attempt.worker or ""
+        )
+        return Claim(found, found.execution_context, open_attempt, counts[execution.execution_id])
 
     # --- claim, renew, checkpoint, recover: what runners and workers stand on -----------------------------------------
 
@@ -551,41 +556,63 @@ class FlowService:
         """
         if max_in_flight and queues is None:
             raise InvalidArgumentError("queues", queues, "the queues to claim from, where max_in_flight bounds some")
-        if not templates or limit < 1:
-            return []
-        with self._work() as work:
-            room = Room.of(work, templates, queues, max_in_flight or {})
-            claimed: list[FlowExecution] = []
-            if only is not None:
-                limit, claimed = 0, self._claim_only(work, only, room, statuses, worker, lease_seconds)
-            while len(claimed) < limit and not room.is_full:
-                most = min(limit - len(claimed), room.most_at_once)
-                found = work.executions.claim_due(
-                    statuses, room.templates, worker, lease_seconds, most, queues=room.queues
-                )
-                claimed += found
-                room.take(found)
-                if len(found) < most:
-                    break
-            if not claimed:
-                return []
-            claims = steps.begin(work, claimed, templates)
+        wanted = Wanted(templates, statuses, worker, lease_seconds, limit, queues, max_in_flight or {}, only)
+        return self.turn([], wanted)[1]
+
+    def turn(
+        self, checkpoints: Sequence[Checkpoint], wanted: Wanted | None = None, *, connection: Connection | None = None
+    ) -> tuple[dict[int, Recorded | None], list[Claim]]:
+        """A turn of a worker: record the ends of attempts and what follows them, then claim, in one transaction.
+        Commits.
+
+        Args:
+            checkpoints: of an execution each. What somebody else has locked just now is left out, to be written later.
+            wanted: what to claim; as much more as executions come to rest with these checkpoints.
+            connection: on which to do it, of this service's engine and in no transaction; default one of the pool.
+
+        Returns:
+            By execution id what came of each checkpoint that was written, `None` where it was refused; and the claims.
+        """
+        if wanted is not None and not wanted.is_possible(checkpoints):
+            wanted = None
+        if not checkpoints and wanted is None:
+            return {}, []
+        batch = CheckpointBatch(checkpoints)
+        is_one_statement = wanted is None and batch.is_one_statement
+        with self._work(connection=connection, is_one_statement=is_one_statement) as work:
+            recorded = steps.record(work, batch, wait=False)
+            claims = [] if wanted is None else self._claim(work, wanted.more_by(recorded.values()))
             work.commit()
-        return claims
+        return recorded, claims
+
+    def _claim(self, work: UnitOfWork, wanted: Wanted) -> list[Claim]:
+        room = Room.of(work, wanted.templates, wanted.queues, wanted.max_in_flight)
+        claimed: list[FlowExecution] = []
+        limit = wanted.limit
+        if wanted.only is not None:
+            limit, claimed = 0, self._claim_only(work, wanted.only, room, wanted)
+        while len(claimed) < limit and not room.is_full:
+            most = min(limit - len(claimed), room.most_at_once)
+            found = work.executions.claim_due(
+                wanted.statuses, room.templates, wanted.worker, wanted.lease_seconds, most, queues=room.queues
+            )
+            claimed += found
+            room.take(found)
+            if len(found) < most:
+                break
+        return steps.begin(work, claimed, wanted.templates) if claimed else []
 
     def _claim_only(
         self,
         work: UnitOfWork,
         execution_id: int,
         room: Room,
-        statuses: Collection[FlowStatus],
-        worker: str,
-        lease_seconds: float,
+        wanted: Wanted,
     ) -> list[FlowExecution]:
         found = work.executions.get(execution_id, lock=True)
-        if found is None or found.status not in statuses or not room.has(found):
+        if found is None or found.status not in wanted.statuses or not room.has(found):
             return []
-        claimed = work.executions.claim_one(execution_id, worker, lease_seconds)
+        claimed = work.executions.claim_one(execution_id, wanted.worker, wanted.lease_seconds)
         return [] if claimed is None else [claimed]
 
     def renew(self, worker: str, held: Mapping[int, int], *, lease_seconds: float) -> set[int]:
@@ -619,36 +646,16 @@ class FlowService:
         with self._work(writes=False) as work:
             return work.executions.held_by(worker)
 
-    def checkpoint(self, checkpoints: Sequence[Checkpoint]) -> list[Recorded | None]:
-        """Record the ends of attempts and what follows them, all in one transaction. Commits.
+    def checkpoint(self, checkpoint: Checkpoint) -> Recorded | None:
+        """Record the end of an attempt and what follows it, once whoever has locked the execution lets it go. Commits.
 
         Returns:
-            For each checkpoint what came of it, `None` where it was refused because the execution is no longer held.
+            What came of it, `None` where it was refused because the execution is no longer held.
         """
-        with self._work() as work:
-            recorded = [steps.record(work, checkpoint) for checkpoint in checkpoints]
+        with self._work(is_one_statement=True) as work:
+            recorded = steps.record(work, CheckpointBatch([checkpoint]), wait=True)
             work.commit()
-        return recorded
-
-    def checkpoint_free(self, checkpoints: Sequence[Checkpoint]) -> dict[int, Recorded | None]:
-        """As `checkpoint`, but what somebody else has locked just now is left out, to be written later. Commits.
-
-        Returns:
-            By execution id what came of each checkpoint that was written or refused.
-        """
-        with self._work() as work:
-            free = work.executions.lock_free([checkpoint.execution_id for checkpoint in checkpoints])
-            recorded = {
-                checkpoint.execution_id: steps.record(work, checkpoint)
-                for checkpoint in checkpoints
-                if checkpoint.execution_id in free
-            }
-            locked = {each.execution_id: each.epoch for each in checkpoints if each.execution_id not in free}
-            if locked:  # or deleted, or taken over by whoever has it locked: those need not be tried again
-                epochs = work.executions.epochs(locked)
-                recorded.update({each: None for each, epoch in locked.items() if epochs.get(each) != epoch})
-            work.commit()
-        return recorded
+        return recorded[checkpoint.execution_id]
 
     def outcome_of(self, checkpoint: Checkpoint) -> Recorded | None:
         """What came of a checkpoint whose commit went unanswered, read back; `None` where it was not committed, or the
@@ -666,8 +673,13 @@ class FlowService:
         following = attempts.get(checkpoint.step + 1)
         if ended.failure is not checkpoint.end.failure or (following and following.status is not TaskStatus.RUNNING):
             return None
-        at = ended.finished_at or execution.updated_at
-        return Recorded(at, following, execution.lease_expires_at, checkpoint.then)
+        then = checkpoint.then
+        if following is None:
+            return Recorded(None, then, execution.updated_at, execution.run_at)
+        attempt = OpenAttempt(
+            following.flow_execution_step, following.task_index, following.name, following.attempt, checkpoint.worker
+        )
+        return Recorded(attempt, then)
 
     def run_in_transaction(self, body: Callable[[Session, UnitOfWork], Checkpoint]) -> Recorded | None:
         """Run a body whose effects and checkpoint commit together. What it raises rolls both back and is raised on.
@@ -684,7 +696,7 @@ class FlowService:
         with self._work() as work:
             with work.session() as session:
                 checkpoint = body(session, work)
-            recorded = steps.record(work, checkpoint)
+            recorded = steps.record(work, CheckpointBatch([checkpoint]), wait=True)[checkpoint.execution_id]
             if recorded is None:
                 return None
             try:
@@ -715,7 +727,8 @@ class FlowService:
             reason = f"worker {execution.lease_owner} was lost"
             verdict = steps.lose_worker(work, execution, templates[execution.template_name], reason)
             if verdict is FlowStatus.FAILED:
-                claim = Claim(steps.current(work, execution_id), None)
+                after = steps.current(work, execution_id)
+                claim = Claim(after, after.execution_context, None, NO_COUNTS)
             else:
                 claimed = work.executions.claim_one(execution.execution_id, worker, lease_seconds)
                 assert claimed is not None, "the row is locked and RESCHEDULED"
@@ -782,14 +795,29 @@ class FlowService:
         """The channel of PostgreSQL's NOTIFY on which this service says that something is due."""
         return "ebbs_due" if self.schema is None else f"ebbs_due_{self.schema}"[:63]
 
+    def plan_anew(self, connection: Connection) -> None:
+        """Let a connection that is kept plan its statements anew: the tables may have grown."""
+        self._database.plan_anew(connection)
+        connection.commit()
+
     def _announce(self, work: UnitOfWork) -> None:
         if self._notify:
             work.announce(self.channel)
 
-    def _work(self, *, joined: Connection | None = None, writes: bool = True) -> UnitOfWork:
+    def _work(
+        self,
+        *,
+        joined: Connection | None = None,
+        connection: Connection | None = None,
+        writes: bool = True,
+        is_one_statement: bool = False,
+    ) -> UnitOfWork:
         if self._process != os.getpid():
             self._after_fork()
-        return UnitOfWork(self._working_engine, self._database, self._statements, joined=joined, writes=writes)
+        engine = self._working_engine
+        if is_one_statement and self._one_statement_engine is not None:
+            engine = self._one_statement_engine
+        return UnitOfWork(engine, self._database, self._statements, joined=joined, connection=connection, writes=writes)
 
     def _after_fork(self) -> None:
         """Leave the connections of the parent process to it: they are the same sockets. The pool begins anew."""

@@ -60,7 +60,7 @@ class Stepper:
         if task.is_transactional:
             ended = self._transactions.run(claim, template, task, limit=limit)
         else:
-            outcome = run_body(task, attempt.name, claim.execution.execution_context, limit=limit)
+            outcome = run_body(task, attempt.name, claim.context, limit=limit)
             ended = judge(task, outcome, claim.counts_of(attempt.name))
         written = ended if isinstance(ended, Written) else self._record(claim, template, task, ended)
         if written.recorded is None:
@@ -86,17 +86,15 @@ class Stepper:
                 return True
             attempt = attempts[-1]
             self._service.checkpoint(
-                [
-                    Checkpoint(
-                        execution.execution_id,
-                        execution.epoch,
-                        attempt.worker or "",
-                        attempt.flow_execution_step,
-                        STOPPED.end,
-                        Rest(FlowStatus.RESCHEDULED, attempt.task_index, reason=STOPPED.reason),
-                        self._lease_seconds,
-                    )
-                ]
+                Checkpoint(
+                    execution.execution_id,
+                    execution.epoch,
+                    attempt.worker or "",
+                    attempt.flow_execution_step,
+                    STOPPED.end,
+                    Rest(FlowStatus.RESCHEDULED, attempt.task_index, reason=STOPPED.reason),
+                    self._lease_seconds,
+                )
             )
         except SQLAlchemyError as error:
             logger.warning("execution %s could not be handed back: %s", held.execution_id, error)
@@ -120,13 +118,13 @@ class Stepper:
         """
         for seconds in OUTAGE_WAITS_SECONDS:
             try:
-                return self._service.checkpoint([checkpoint])[0] or self._service.outcome_of(checkpoint)
+                return self._service.checkpoint(checkpoint) or self._service.outcome_of(checkpoint)
             except DBAPIError as error:
                 if is_refusal(error):
                     raise
                 logger.warning("execution %s: checkpoint not written yet: %s", checkpoint.execution_id, error.orig)
                 self._sleep(seconds)
-        return self._service.checkpoint([checkpoint])[0] or self._service.outcome_of(checkpoint)
+        return self._service.checkpoint(checkpoint) or self._service.outcome_of(checkpoint)
 
 
 def refused(claim: Claim, task: Task, error: Exception) -> Verdict:

@@ -10,7 +10,16 @@ from dataclasses import replace
 from datetime import datetime
 
 from ebbs_and_flows.arguments import valid_id
-from ebbs_and_flows.checkpoints import AttemptCounts, Checkpoint, Claim, NextAttempt, Recorded, with_context
+from ebbs_and_flows.checkpoints import (
+    NO_COUNTS,
+    AttemptCounts,
+    Checkpoint,
+    Claim,
+    NextAttempt,
+    OpenAttempt,
+    Recorded,
+    with_context,
+)
 from ebbs_and_flows.context import ContextDelta
 from ebbs_and_flows.errors import (
     FlowTimeoutError,
@@ -25,11 +34,11 @@ from ebbs_and_flows.executions import (
     FlowExecution,
     FlowStatus,
     FlowTransition,
-    TaskExecution,
-    TaskStatus,
 )
-from ebbs_and_flows.persistence.contexts import Progress
+from ebbs_and_flows.persistence.batches import CheckpointBatch
+from ebbs_and_flows.persistence.contexts import NO_CONTEXT, Progress
 from ebbs_and_flows.persistence.repositories import NewExecution
+from ebbs_and_flows.persistence.rows import Moved
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
 from ebbs_and_flows.templates import FlowTemplate
 from ebbs_and_flows.verdicts import judge_lost
@@ -171,23 +180,12 @@ def begin(work: UnitOfWork, claimed: Sequence[FlowExecution], templates: Mapping
     began = work.transitions.run_began(limited)
     claims = []
     for execution in claimed:
-        # The first claim is from SCHEDULED, every later one from RESCHEDULED: there is no other way to RUNNING.
-        before = FlowStatus.SCHEDULED if execution.epoch == 1 else FlowStatus.RESCHEDULED
-        add_transition(
-            work,
-            execution,
-            FlowStatus.RUNNING,
-            execution.updated_at,
-            step=execution.execution_step - 1,
-            from_status=before,
-            worker=execution.lease_owner,
-        )
-        standing = progress[execution.execution_id]
         template = templates[execution.template_name]
         deadline = deadline_of(execution, template, began.get(execution.execution_id))
-        claim = Claim(execution, None, counts.get(execution.execution_id, {}), deadline)
-        claims.append(_start(work, claim, standing, template))
-    return claims
+        claim = Claim(execution, NO_CONTEXT, None, counts.get(execution.execution_id, NO_COUNTS), deadline)
+        claims.append(_start(claim, progress[execution.execution_id], template))
+    work.batches.begin([_beginning(claim) for claim in claims])
+    return [claim if isinstance(claim, Claim) else _rest_at_once(work, *claim) for claim in claims]
 
 
 def deadline_of(execution: FlowExecution, template: FlowTemplate, began: datetime | None) -> float | None:
@@ -202,31 +200,34 @@ def deadline_of(execution: FlowExecution, template: FlowTemplate, began: datetim
     return time.monotonic() + template.timeout_seconds - spent
 
 
-def _start(work: UnitOfWork, claim: Claim, standing: Progress, template: FlowTemplate) -> Claim:
-    """Start the attempt at the current task; or come to rest where the template has changed, or has no task left."""
-    index = claim.execution.current_task_index
+def _start(claim: Claim, standing: Progress, template: FlowTemplate) -> Claim | tuple[Claim, FlowStatus, str]:
+    """The claim with the attempt at the current task; or the status in which it comes to rest at once, and why, where
+    the template has changed, or has no task left.
+    """
+    execution = claim.execution
+    index = execution.current_task_index
     try:
         template.check_completed(standing.completed)
-        claim = replace(claim, execution=with_context(claim.execution, standing.context))
+        claim = replace(claim, context=standing.context)
     except (TemplateMismatchError, UndecodableValueError) as error:
-        return _rest_at_once(work, claim, FlowStatus.FAILED, f"{type(error).__name__}: {error}")
-    execution = claim.execution
+        return claim, FlowStatus.FAILED, f"{type(error).__name__}: {error}"
     if template.get_task(index) is None:
-        return _rest_at_once(work, claim, FlowStatus.SUCCEEDED, "the template has no task left to run")
+        return claim, FlowStatus.SUCCEEDED, "the template has no task left to run"
     if claim.deadline is not None and time.monotonic() >= claim.deadline:
         assert template.timeout_seconds is not None, "without a limit there is no deadline"
         error_text = str(FlowTimeoutError(template.name, template.timeout_seconds))
-        return _rest_at_once(work, claim, FlowStatus.FAILED, f"FlowTimeoutError: {error_text}")
+        return claim, FlowStatus.FAILED, f"FlowTimeoutError: {error_text}"
     name = template.task_names[index]
-    attempt = work.attempts.start(
-        execution,
-        execution.execution_step,
-        index,
-        name,
-        claim.counts_of(name).started + 1,
-        execution.updated_at,
-    )
+    number = claim.counts_of(name).started + 1
+    attempt = OpenAttempt(execution.execution_step, index, name, number, execution.lease_owner or "")
     return replace(claim, attempt=attempt)
+
+
+def _beginning(claim: Claim | tuple[Claim, FlowStatus, str]) -> tuple[int, str | None, int]:
+    if not isinstance(claim, Claim):
+        return claim[0].execution.execution_id, None, 0
+    assert claim.attempt is not None, "it was started"
+    return claim.execution.execution_id, claim.attempt.name, claim.attempt.attempt
 
 
 def _rest_at_once(work: UnitOfWork, claim: Claim, status: FlowStatus, reason: str) -> Claim:
@@ -237,55 +238,41 @@ def _rest_at_once(work: UnitOfWork, claim: Claim, status: FlowStatus, reason: st
         work, execution, status, at, step=execution.execution_step, worker=execution.lease_owner, reason=reason
     )
     after = existing(work, execution.execution_id)
-    return claim.at_rest(with_context(after, execution.execution_context))
+    return claim.at_rest(with_context(after, claim.context))
 
 
-def record(work: UnitOfWork, checkpoint: Checkpoint) -> Recorded | None:
-    """Write one checkpoint; the fence comes first, so that a refused one writes nothing."""
+def record(work: UnitOfWork, batch: CheckpointBatch, *, wait: bool) -> dict[int, Recorded | None]:
+    """Write checkpoints, each one if its fence holds: a refused one writes nothing.
+
+    Args:
+        wait: whether to wait for what somebody else has locked; else that is missing from the answer.
+
+    Returns:
+        By execution id what came of each; `None` where it was refused.
+    """
+    moved = work.batches.write(batch, wait=wait)
+    recorded: dict[int, Recorded | None] = {}
+    unclear = {}
+    for checkpoint in batch.checkpoints:
+        found = moved.get(checkpoint.execution_id)
+        if found is not None:
+            recorded[checkpoint.execution_id] = _recorded(checkpoint, found)
+        elif wait:
+            recorded[checkpoint.execution_id] = None
+        else:
+            unclear[checkpoint.execution_id] = (checkpoint.epoch, checkpoint.step)
+    if unclear:  # refused, or locked: that one stands where it stood
+        places = work.executions.places(unclear)
+        recorded.update({each: None for each, place in unclear.items() if places.get(each) != place})
+    return recorded
+
+
+def _recorded(checkpoint: Checkpoint, moved: Moved) -> Recorded:
     then = checkpoint.then
+    attempt = None
     if isinstance(then, NextAttempt):
-        advanced = work.executions.advance(
-            checkpoint.execution_id,
-            epoch=checkpoint.epoch,
-            step=checkpoint.step,
-            task_index=then.task_index,
-            lease_seconds=checkpoint.lease_seconds,
-        )
-        if advanced is None:
-            return None
-        at, lease_expires_at = advanced
-        ended = work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, at)
-        assert ended, "the execution stands at this attempt's step, so the attempt is open"
-        attempt = TaskExecution(
-            flow_execution_id=checkpoint.execution_id,
-            flow_execution_step=checkpoint.step + 1,
-            task_index=then.task_index,
-            name=then.task_name,
-            attempt=then.attempt,
-            status=TaskStatus.RUNNING,
-            started_at=at,
-            worker=checkpoint.worker,
-        )
-        work.attempts.add(attempt, checkpoint.epoch)
-        return Recorded(at, attempt, lease_expires_at, then)
-    rested_at = work.executions.rest(checkpoint, then)
-    if rested_at is None:
-        return None
-    ended = work.attempts.end(checkpoint.execution_id, checkpoint.step, checkpoint.end, rested_at)
-    assert ended, "the execution stands at this attempt's step, so the attempt is open"
-    work.transitions.add(
-        FlowTransition(
-            flow_execution_id=checkpoint.execution_id,
-            flow_execution_step=checkpoint.step + 1,
-            from_status=FlowStatus.RUNNING,
-            to_status=then.status,
-            at=rested_at,
-            worker=checkpoint.worker,
-            reason=then.reason,
-        ),
-        then.task_index,
-    )
-    return Recorded(rested_at, None, None, then)
+        attempt = OpenAttempt(checkpoint.step + 1, then.task_index, then.task_name, then.attempt, checkpoint.worker)
+    return Recorded(attempt, then, moved.updated_at, moved.run_at)
 
 
 def index_reached(work: UnitOfWork, execution: FlowExecution, task_name: str) -> int:

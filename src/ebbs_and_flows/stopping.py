@@ -12,25 +12,32 @@ WORKER_STOPS = "its worker is stopping"
 PAST_LIMIT = "it is past its time limit"
 
 
+_MAKING_EVENT = threading.Lock()
+
+
 class StopSignal:
     """Set once, from any thread, when the attempt that it belongs to is to stop."""
 
-    __slots__ = ("_event", "_why")
+    __slots__ = ("_event", "_is_set", "_why")
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._event: threading.Event | None = None  # made for the first who waits: hardly any attempt does
+        self._is_set = False
         self._why = ""
 
     def set(self, why: str) -> None:
         """Ask the attempt to stop; the first reason stays."""
-        if not self._event.is_set():
+        if not self._is_set:
             self._why = why
-            self._event.set()
+            self._is_set = True
+            event = self._event
+            if event is not None:
+                event.set()
 
     @property
     def is_set(self) -> bool:
         """Whether the attempt was asked to stop."""
-        return self._event.is_set()
+        return self._is_set
 
     @property
     def why(self) -> str:
@@ -39,7 +46,11 @@ class StopSignal:
 
     def wait(self, seconds: float) -> bool:
         """Wait until it is set, for at most so long; whether it is."""
-        return self._event.wait(seconds)
+        with _MAKING_EVENT:
+            event = self._event = self._event or threading.Event()
+        if self._is_set:  # maybe before the event was there to be set
+            event.set()
+        return event.wait(seconds)
 
 
 SIGNAL: contextvars.ContextVar[StopSignal | None] = contextvars.ContextVar("ebbs_stop_signal", default=None)

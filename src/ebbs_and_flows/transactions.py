@@ -80,7 +80,7 @@ class Transactions:
 
         def body(session: Session, work: UnitOfWork) -> Checkpoint:
             nonlocal outcome, is_lost, checkpoint
-            outcome = run_body(task, attempt.name, claim.execution.execution_context, session, limit=limit)
+            outcome = run_body(task, attempt.name, claim.context, session, limit=limit)
             if isinstance(outcome, Success):
                 outcome = _flushed(outcome, session, work, attempt.name)
             if isinstance(outcome, Failed):

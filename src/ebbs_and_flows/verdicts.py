@@ -14,10 +14,10 @@ from ebbs_and_flows.checkpoints import (
     Recorded,
     Rest,
     Verdict,
-    with_context,
 )
+from ebbs_and_flows.context import ExecutionContext
 from ebbs_and_flows.errors import FlowTimeoutError
-from ebbs_and_flows.executions import Failure, FlowStatus, TaskStatus
+from ebbs_and_flows.executions import RUNNABLE_STATUSES, Failure, FlowExecution, FlowStatus, TaskStatus
 from ebbs_and_flows.outcomes import Failed, Limit, Outcome
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate
@@ -91,7 +91,7 @@ def checkpoint_of(
     return Checkpoint(
         execution_id=claim.execution.execution_id,
         epoch=claim.execution.epoch,
-        worker=attempt.worker or "",
+        worker=attempt.worker,
         step=attempt.flow_execution_step,
         end=verdict.end,
         then=_after_success(claim, template, goes_on) if verdict.succeeded else _after_failure(claim, verdict),
@@ -107,7 +107,7 @@ def start_over(claim: Claim, why: str, lease_seconds: float) -> Checkpoint:
     return Checkpoint(
         execution_id=claim.execution.execution_id,
         epoch=claim.execution.epoch,
-        worker=attempt.worker or "",
+        worker=attempt.worker,
         step=attempt.flow_execution_step,
         end=end,
         then=NextAttempt(attempt.task_index, attempt.name, attempt.attempt + 1),
@@ -119,12 +119,32 @@ def claim_after(claim: Claim, verdict: Verdict, recorded: Recorded) -> Claim:
     """The claim after a checkpoint: what the next task receives is what was stored, not what the last one had in
     hand.
     """
-    if recorded.attempt is None:
-        return claim.at_rest(claim.execution)
-    execution = claim.execution
-    if verdict.succeeded:
-        execution = with_context(execution, execution.execution_context.fold(verdict.end.delta))
-    return replace(claim, execution=execution, attempt=recorded.attempt)
+    context = claim.context.fold(verdict.end.delta) if verdict.succeeded else claim.context
+    if recorded.attempt is not None:
+        return Claim(claim.execution, context, recorded.attempt, claim.counts, claim.deadline)
+    return claim.at_rest(_rested(claim, recorded, context))
+
+
+def _rested(claim: Claim, recorded: Recorded, context: ExecutionContext) -> FlowExecution:
+    """The execution as its row is after a checkpoint that has taken it out of RUNNING; as it was, where nobody asked
+    for the row's times.
+    """
+    then, attempt = recorded.then, claim.attempt
+    if recorded.updated_at is None or attempt is None or isinstance(then, NextAttempt):
+        return claim.execution
+    return claim.execution.model_copy(
+        update={
+            "status": then.status,
+            "execution_step": attempt.flow_execution_step + 1,
+            "current_task_index": then.task_index,
+            "execution_context": context,
+            "updated_at": recorded.updated_at,
+            "run_at": recorded.run_at,
+            "finished_at": None if then.status in RUNNABLE_STATUSES else recorded.updated_at,
+            "lease_owner": None,
+            "lease_expires_at": None,
+        }
+    )
 
 
 def limit_of(claim: Claim, template: FlowTemplate, task: Task, name: str) -> Limit:

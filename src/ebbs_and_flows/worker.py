@@ -27,10 +27,7 @@ from ebbs_and_flows.pools import runs_here
 from ebbs_and_flows.remote import portable
 from ebbs_and_flows.runner import FlowRunner
 from ebbs_and_flows.templates import is_positive_int
-
-OWN_CONNECTIONS = 2
-"""Connections of the pool that a worker needs besides those of transactional tasks: to write, and to renew leases; one
-more to listen."""
+from ebbs_and_flows.writers import OWN_CONNECTIONS
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -176,7 +176,7 @@ class End:
         if self.how in ("lose", "start over"):
             return judge_lost(task, attempt.name, counts, "its process died")
         if self.how == "succeed":
-            delta = ExecutionContext(self.returned).delta_from(self.claim.execution.execution_context)
+            delta = ExecutionContext(self.returned).delta_from(self.claim.context)
             return judge(task, Success(delta), counts)
         return judge(task, Failed(ValueError("no"), may_retry=self.how == "raise"), counts)
 

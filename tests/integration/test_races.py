@@ -82,7 +82,7 @@ class Claimed:
 
     def succeed(self, service: FlowService) -> bool:
         """Write that its task has succeeded; whether that was accepted."""
-        context = self.claim.execution.execution_context
+        context = self.claim.context
         return self._write(service, Success(context.copy(done=True).delta_from(context)))
 
     def fail(self, service: FlowService) -> bool:
@@ -92,7 +92,7 @@ class Claimed:
     def _write(self, service: FlowService, outcome: Success | Failed) -> bool:
         assert self.claim.attempt is not None
         verdict = judge(self.template.tasks[0], outcome, self.claim.counts_of(self.claim.attempt.name))
-        [recorded] = service.checkpoint([checkpoint_of(self.claim, self.template, verdict, LEASE_SECONDS)])
+        recorded = service.checkpoint(checkpoint_of(self.claim, self.template, verdict, LEASE_SECONDS))
         return recorded is not None
 
 

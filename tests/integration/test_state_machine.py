@@ -176,7 +176,7 @@ class Machine(RuleBasedStateMachine):
         assert claim.attempt is not None
         assert model.open is not None
         assert (claim.attempt.flow_execution_step, claim.attempt.attempt) == (model.open.step, model.open.number)
-        assert dict(claim.execution.execution_context) == model.context
+        assert dict(claim.context) == model.context
         self.claims.append(claim)
 
     @precondition(lambda self: self.claims)
@@ -223,7 +223,7 @@ class Machine(RuleBasedStateMachine):
         """An end of a claim's attempt; a success drops the first entry of three, to have that as well."""
         assert claim.attempt is not None
         self.successes += 1
-        received = dict(claim.execution.execution_context)
+        received = dict(claim.context)
         kept = dict(list(received.items())[len(received) // 3 :])
         return End(claim, how, {**kept, claim.attempt.name: f"success {self.successes}"}, goes_on)
 
@@ -232,16 +232,18 @@ class Machine(RuleBasedStateMachine):
         checkpoints = [each.checkpoint() for each in ends]
         recorded: list[Recorded | None]
         if passes_over:
-            by_id = self.service.checkpoint_free(checkpoints)
+            by_id, _ = self.service.turn(checkpoints)
             recorded = [by_id[each.execution_id] for each in checkpoints]  # nobody else has locked any
         else:
-            recorded = self.service.checkpoint(checkpoints)
+            recorded = [self.service.checkpoint(each) for each in checkpoints]
         for end, checkpoint, answer in zip(ends, checkpoints, recorded, strict=True):
             assert (answer is not None) == self.is_live(end.claim)
             if answer is None:
                 continue
             end.apply(self.models[checkpoint.execution_id])
-            assert self.service.outcome_of(checkpoint) == answer, "an answer that was lost can be read back"
+            read_back = self.service.outcome_of(checkpoint)
+            assert read_back is not None, "an answer that was lost can be read back"
+            assert (read_back.attempt, read_back.then) == (answer.attempt, answer.then)
             if answer.attempt is not None:
                 self.take(claim_after(end.claim, end.verdict(), answer))
 

@@ -192,14 +192,14 @@ def test_an_end_that_could_not_be_written_is_written_when_it_can_be(
 ) -> None:
     runner.register_flow_template(abc(outside))
     refusals = [OperationalError("UPDATE", {}, Exception("try later")) for _ in range(3)]
-    record = service.checkpoint_free
+    record = service.turn
 
-    def refuse(checkpoints: object) -> object:
-        if refusals:
+    def refuse(checkpoints: object, *rest: object, **named: object) -> object:
+        if checkpoints and refusals:
             raise refusals.pop()
-        return record(checkpoints)  # type: ignore[arg-type]
+        return record(checkpoints, *rest, **named)  # type: ignore[arg-type]
 
-    service.checkpoint_free = refuse  # type: ignore[method-assign,assignment]
+    service.turn = refuse  # type: ignore[method-assign,assignment]
     execution_id = runner.schedule_flow("abc")
     Worker(runner).run(until_idle=True)
     assert service.get_flow_execution(execution_id).status is FlowStatus.SUCCEEDED
@@ -211,17 +211,17 @@ def test_a_commit_whose_answer_is_lost_is_read_back_and_not_written_again(
     service: FlowService, runner: FlowRunner, outside: Outside
 ) -> None:
     runner.register_flow_template(abc(outside))
-    record = service.checkpoint_free
+    record = service.turn
     answers_lost = [3]
 
-    def lose_answer(checkpoints: object) -> object:
-        recorded = record(checkpoints)  # type: ignore[arg-type]
-        if answers_lost[0]:
+    def lose_answer(checkpoints: object, *rest: object, **named: object) -> object:
+        recorded = record(checkpoints, *rest, **named)  # type: ignore[arg-type]
+        if checkpoints and answers_lost[0]:
             answers_lost[0] -= 1
             raise OperationalError("COMMIT", {}, Exception("connection lost"), connection_invalidated=True)
         return recorded
 
-    service.checkpoint_free = lose_answer  # type: ignore[method-assign,assignment]
+    service.turn = lose_answer  # type: ignore[method-assign,assignment]
     execution_id = runner.schedule_flow("abc")
     Worker(runner).run(until_idle=True)
     assert service.get_flow_execution(execution_id).status is FlowStatus.SUCCEEDED
@@ -233,12 +233,12 @@ def test_an_end_whose_answer_and_read_back_are_both_lost_goes_on_all_the_same(
     service: FlowService, runner: FlowRunner, outside: Outside
 ) -> None:
     runner.register_flow_template(abc(outside))
-    record, read_back = service.checkpoint_free, service.outcome_of
+    record, read_back = service.turn, service.outcome_of
     losses = [True, True]
 
-    def lose_answer(checkpoints: object) -> object:
-        recorded = record(checkpoints)  # type: ignore[arg-type]
-        if len(losses) == 2:
+    def lose_answer(checkpoints: object, *rest: object, **named: object) -> object:
+        recorded = record(checkpoints, *rest, **named)  # type: ignore[arg-type]
+        if checkpoints and len(losses) == 2:
             losses.pop()
             raise OperationalError("COMMIT", {}, Exception("connection lost"))
         return recorded
@@ -249,7 +249,7 @@ def test_an_end_whose_answer_and_read_back_are_both_lost_goes_on_all_the_same(
             raise OperationalError("SELECT", {}, Exception("connection lost"))
         return read_back(checkpoint)  # type: ignore[arg-type]
 
-    service.checkpoint_free = lose_answer  # type: ignore[method-assign,assignment]
+    service.turn = lose_answer  # type: ignore[method-assign,assignment]
     service.outcome_of = lose_read_back  # type: ignore[method-assign,assignment]
     execution_id = runner.schedule_flow("abc")
     with Worker(runner, poll_seconds=0.05).running():
@@ -262,18 +262,18 @@ def test_nothing_starts_after_a_cancel_that_came_between_a_commit_and_its_lost_a
     service: FlowService, runner: FlowRunner, outside: Outside
 ) -> None:
     runner.register_flow_template(abc(outside))
-    record = service.checkpoint_free
+    record = service.turn
     losses = [True]
 
-    def lose_answer(checkpoints: object) -> object:
-        recorded = record(checkpoints)  # type: ignore[arg-type]
-        if losses:
+    def lose_answer(checkpoints: object, *rest: object, **named: object) -> object:
+        recorded = record(checkpoints, *rest, **named)  # type: ignore[arg-type]
+        if checkpoints and losses:
             losses.pop()
             runner.cancel_flow_execution(execution_id)
             raise OperationalError("COMMIT", {}, Exception("connection lost"))
         return recorded
 
-    service.checkpoint_free = lose_answer  # type: ignore[method-assign,assignment]
+    service.turn = lose_answer  # type: ignore[method-assign,assignment]
     execution_id = runner.schedule_flow("abc")
     Worker(runner, poll_seconds=0.05).run(until_idle=True)
     assert service.get_flow_execution(execution_id).status is FlowStatus.CANCELLED
@@ -284,17 +284,17 @@ def test_a_claim_whose_answer_is_lost_is_handed_back(
     service: FlowService, runner: FlowRunner, outside: Outside
 ) -> None:
     runner.register_flow_template(abc(outside))
-    claim = service.claim
+    turn = service.turn
     answers_lost = [True]
 
     def lose_answer(*args: object, **kwargs: object) -> object:
-        claims = claim(*args, **kwargs)  # type: ignore[arg-type]
+        recorded, claims = turn(*args, **kwargs)  # type: ignore[arg-type]
         if claims and answers_lost:
             answers_lost.clear()
             raise OperationalError("COMMIT", {}, Exception("connection lost"), connection_invalidated=True)
-        return claims
+        return recorded, claims
 
-    service.claim = lose_answer  # type: ignore[method-assign,assignment]
+    service.turn = lose_answer  # type: ignore[method-assign,assignment]
     execution_id = runner.schedule_flow("abc")
     Worker(runner).run(until_idle=True)
     assert service.get_flow_execution(execution_id).status is FlowStatus.SUCCEEDED

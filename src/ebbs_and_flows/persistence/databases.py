@@ -10,6 +10,7 @@ from sqlalchemy.pool import QueuePool, SingletonThreadPool, StaticPool
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.postgresql import PostgreSQL, create_postgresql_engine
+from ebbs_and_flows.persistence.rows import BatchStatements
 from ebbs_and_flows.persistence.sqlite import SQLite, create_sqlite_engine
 
 
@@ -20,6 +21,12 @@ class Database(Protocol):
 
     def isolate(self, engine: Engine) -> Engine:
         """The engine, with the isolation level that this library's own transactions need."""
+
+    def without_transactions(self, engine: Engine) -> Engine | None:
+        """The engine, so that each statement commits by itself; `None` where a checkpoint takes several."""
+
+    def plan_anew(self, connection: Connection) -> None:
+        """Forget the plans of statements that this connection has run: the tables have grown since."""
 
     def begin_write(self, connection: Connection) -> None:
         """Begin a transaction that is going to write."""
@@ -35,6 +42,9 @@ class Database(Protocol):
 
     def try_lock(self, connection: Connection, name: str) -> bool:
         """Take a lock of this name until the transaction ends; False where another transaction has it."""
+
+    def batches(self, schema: str | None) -> BatchStatements:
+        """The statements that write many rows at once."""
 
     def announce(self, connection: Connection, channel: str) -> None:
         """Tell those who listen on a channel, once the transaction commits."""

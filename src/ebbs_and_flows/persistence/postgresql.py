@@ -11,6 +11,7 @@ from sqlalchemy.ext.compiler import compiles
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.expressions import database_now, latest, seconds_from_now, statement_now
+from ebbs_and_flows.persistence.postgresql_batches import PostgreSQLBatches
 
 
 class PostgreSQL:
@@ -24,6 +25,15 @@ class PostgreSQL:
         The claim and the fence are reasoned for it; a host's engine may stand at AUTOCOMMIT or SERIALIZABLE.
         """
         return engine.execution_options(isolation_level="READ COMMITTED")
+
+    def without_transactions(self, engine: Engine) -> Engine:
+        return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def plan_anew(self, connection: Connection) -> None:
+        connection.execute(_DISCARD_PLANS)
+
+    def batches(self, schema: str | None) -> PostgreSQLBatches:
+        return PostgreSQLBatches(schema)
 
     def begin_write(self, connection: Connection) -> None:
         if not connection.in_transaction():
@@ -59,6 +69,7 @@ class PostgreSQL:
 
 
 _TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(CAST(:number AS BIGINT))")
+_DISCARD_PLANS = text("DISCARD PLANS")
 _NOTIFY = text("SELECT pg_notify(CAST(:channel AS TEXT), '')")
 
 

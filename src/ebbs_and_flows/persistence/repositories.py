@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, literal_column, select
 
-from ebbs_and_flows.checkpoints import AttemptCounts, AttemptEnd, Checkpoint, Rest
+from ebbs_and_flows.checkpoints import AttemptCounts, AttemptEnd
 from ebbs_and_flows.context import ContextDelta
 from ebbs_and_flows.executions import (
-    RUNNABLE_STATUSES,
     Failure,
     FlowExecution,
     FlowFilter,
@@ -174,9 +173,10 @@ class Executions:
         rows = self._connection.execute(self._statements.holders, {"the_ids": sorted(execution_ids)})
         return {row.execution_id: row.epoch for row in rows}
 
-    def lock_free(self, execution_ids: Collection[int]) -> set[int]:
-        """Lock those of these executions that nobody else has locked, until the transaction ends; which those are."""
-        return set(self._connection.scalars(self._statements.lock_free, {"the_ids": sorted(execution_ids)}))
+    def places(self, execution_ids: Collection[int]) -> dict[int, tuple[int, int]]:
+        """The epochs and steps of those of these executions that are RUNNING. Locks nothing."""
+        rows = self._connection.execute(self._statements.holders, {"the_ids": sorted(execution_ids)})
+        return {row.execution_id: (row.epoch, row.execution_step) for row in rows}
 
     def lock_expired(self, templates: Collection[str], spared: str, limit: int) -> list[FlowExecution]:
         """Lock executions of these templates that are RUNNING under a lease that has expired, without their contexts.
@@ -256,22 +256,6 @@ class Executions:
             },
         ).one_or_none()
         return None if row is None else (row.updated_at, row.lease_expires_at)
-
-    def rest(self, checkpoint: Checkpoint, then: Rest) -> datetime | None:
-        """Leave RUNNING, fenced; the time it was, `None` where refused."""
-        row = self._connection.execute(
-            self._statements.rest,
-            {
-                "the_id": checkpoint.execution_id,
-                "the_epoch": checkpoint.epoch,
-                "the_step": checkpoint.step,
-                "new_step": checkpoint.step + 1,
-                "new_status": then.status.value,
-                "new_task_index": then.task_index,
-                "new_wait_seconds": then.wait_seconds if then.status in RUNNABLE_STATUSES else None,
-            },
-        ).one_or_none()
-        return None if row is None else row.updated_at
 
     def move(
         self,

@@ -12,6 +12,7 @@ from sqlalchemy.pool import QueuePool
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.expressions import database_now, latest, seconds_from_now, statement_now
+from ebbs_and_flows.persistence.sqlite_batches import SQLiteBatches
 
 BUSY_TIMEOUT_SECONDS = 30.0
 """How long a writer waits for another one before `database is locked`."""
@@ -27,6 +28,15 @@ class SQLite:
 
     def isolate(self, engine: Engine) -> Engine:
         return engine
+
+    def without_transactions(self, engine: Engine) -> None:
+        return None
+
+    def plan_anew(self, connection: Connection) -> None:
+        """Plans are made by rules here, and do not depend on sizes."""
+
+    def batches(self, schema: str | None) -> SQLiteBatches:
+        return SQLiteBatches()
 
     def begin_write(self, connection: Connection) -> None:
         """Take the write lock at once: a transaction that read first and writes later could be refused without

@@ -25,6 +25,7 @@ class Statements:
 
     def __init__(self, tables: Tables, database: Database) -> None:
         self.tables = tables
+        self.batches = database.batches(tables.metadata.schema)
         executions, attempts, transitions = tables.executions, tables.attempts, tables.transitions
         now = latest(database_now(), executions.c.updated_at)
         is_it = executions.c.execution_id == bindparam("the_id")
@@ -111,8 +112,9 @@ class Statements:
             .values(lease_expires_at=lease_end)
             .returning(executions.c.execution_id, executions.c.epoch)
         )
-        self.holders = select(executions.c.execution_id, executions.c.epoch).where(is_one_of, is_running)
-        self.lock_free = database.lock_free(select(executions.c.execution_id).where(is_one_of))
+        self.holders = select(executions.c.execution_id, executions.c.epoch, executions.c.execution_step).where(
+            is_one_of, is_running
+        )
         self.lock_expired = database.lock_free(
             select(executions)
             .where(
@@ -159,7 +161,6 @@ class Statements:
             "run_at": func.coalesce(seconds_parameter("new_wait_seconds"), executions.c.run_at, type_=UtcDateTime()),
             "finished_at": case((_is_at_rest(bindparam("new_status", type_=String())), now), else_=null()),
         }
-        self.rest = update(executions).where(is_held).values(moved).returning(executions.c.updated_at)
         self.move = (
             update(executions)
             .where(is_it, executions.c.execution_step == bindparam("the_step"))

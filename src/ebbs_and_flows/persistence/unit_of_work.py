@@ -7,6 +7,7 @@ from types import TracebackType
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
+from ebbs_and_flows.persistence.batches import Batches
 from ebbs_and_flows.persistence.contexts import Contexts
 from ebbs_and_flows.persistence.databases import Database
 from ebbs_and_flows.persistence.repositories import Attempts, Executions, Transitions
@@ -20,6 +21,7 @@ class UnitOfWork:
         engine: where a connection is taken from, and given back on exit.
         database, statements: what to say to it.
         joined: a connection of the caller's instead; then beginning, committing and closing it is left to the caller.
+        connection: one that its holder keeps, instead of one of the engine; in no transaction before and after.
         writes: whether it is going to write; a reader takes no lock that another one would wait for.
     """
 
@@ -30,22 +32,24 @@ class UnitOfWork:
         statements: Statements,
         *,
         joined: Connection | None = None,
+        connection: Connection | None = None,
         writes: bool = True,
     ) -> None:
         self._engine = engine
         self._database = database
         self._statements = statements
         self._joined = joined
+        self._kept = connection
         self._writes = writes
 
     def __enter__(self) -> UnitOfWork:
         if self._joined is None:
-            self.connection = self._engine.connect()
+            self.connection = self._engine.connect() if self._kept is None else self._as_the_engine_is(self._kept)
             try:
                 if self._writes:
                     self._database.begin_write(self.connection)
             except BaseException:
-                self.connection.close()
+                self._leave()
                 raise
             self._transaction = self.connection.get_transaction()
         else:
@@ -54,13 +58,27 @@ class UnitOfWork:
         self.attempts = Attempts(self.connection, self._statements)
         self.transitions = Transitions(self.connection, self._statements)
         self.contexts = Contexts(self.connection, self._statements)
+        self.batches = Batches(self.connection, self._statements.batches)
         return self
 
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._joined is None:
-            self.connection.close()  # rolls back what was not committed
+            self._leave()
+
+    def _leave(self) -> None:
+        """Roll back what was not committed."""
+        if self._kept is None:
+            self.connection.close()
+        else:
+            self.connection.rollback()
+
+    def _as_the_engine_is(self, connection: Connection) -> Connection:
+        options = self._engine.get_execution_options()
+        if connection.get_execution_options().get("isolation_level") != options.get("isolation_level"):
+            return connection.execution_options(isolation_level=options["isolation_level"])
+        return connection
 
     def commit(self) -> None:
         """Make all that was written durable; nothing where the transaction is the caller's."""

@@ -1,0 +1,104 @@
+"""Batches: many rows in a few statements, from one JSON text. What each database says for it stands in its own module.
+
+A batch of one goes without JSON, as parameters of its own: that is what a lone flow's every step is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection
+
+from ebbs_and_flows.checkpoints import Checkpoint, NextAttempt
+from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowStatus
+from ebbs_and_flows.persistence.contexts import delta_to_row
+from ebbs_and_flows.persistence.rows import BatchStatements, Moved, Row
+
+MAX_TEXT = 4_000_000
+"""How many characters of deltas and tracebacks go into one statement at most; one row may have more by itself."""
+
+
+class CheckpointBatch:
+    """Checkpoints as they are sent, cut where the text would be too long for one statement."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
+        self.checkpoints = checkpoints
+        self.chunks: list[list[Row]] = []
+        room = 0
+        for checkpoint in checkpoints:
+            row = _to_row(checkpoint)
+            size = len(row["entries"] or "") + len(row["output"] or "")
+            if not self.chunks or size > room:
+                self.chunks.append([])
+                room = MAX_TEXT
+            self.chunks[-1].append(row)
+            room -= size
+
+    @property
+    def is_one_statement(self) -> bool:
+        """Whether all of it goes into one statement, where the database takes one for it."""
+        return len(self.chunks) == 1
+
+
+class Batches:
+    """Ends of attempts with what follows them, and the attempts that claims start."""
+
+    def __init__(self, connection: Connection, statements: BatchStatements) -> None:
+        self._connection = connection
+        self._statements = statements
+
+    def write(self, batch: CheckpointBatch, *, wait: bool) -> dict[int, Moved]:
+        """Write the ends of attempts and what follows them.
+
+        Args:
+            batch: of each execution one checkpoint.
+            wait: whether to wait for what somebody else has locked; else that is left out.
+
+        Returns:
+            By execution id those that were written. The others are not held any more, or are locked.
+        """
+        moved = {}
+        for rows in batch.chunks:
+            for each in self._statements.write_checkpoints(self._connection, rows, wait=wait):
+                moved[each.execution_id] = each
+        return moved
+
+    def begin(self, attempts: Sequence[tuple[int, str | None, int]]) -> None:
+        """Write the transition of executions that were claimed in this transaction, and the attempts that follow.
+
+        Args:
+            attempts: of each execution its id, and the task's name and the number of the attempt that begins; no name
+                where none does.
+        """
+        rows = [{"execution_id": id_, "name": name, "attempt": attempt} for id_, name, attempt in attempts]
+        if rows:
+            self._statements.begin(self._connection, rows)
+
+
+def _to_row(checkpoint: Checkpoint) -> Row:
+    end, then = checkpoint.end, checkpoint.then
+    row: Row = {
+        "execution_id": checkpoint.execution_id,
+        "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "end_status": end.status.value,
+        "failure": end.failure.value if end.failure is not None else None,
+        "error_type": end.error_type,
+        "output": end.output,
+        **delta_to_row(end.delta),
+        "task_index": then.task_index,
+        "name": None,
+        "attempt": None,
+        "status": None,
+        "reason": None,
+        "wait_seconds": None,
+        "lease_seconds": checkpoint.lease_seconds,
+        "worker": checkpoint.worker,
+    }
+    if isinstance(then, NextAttempt):
+        row["name"], row["attempt"] = then.task_name, then.attempt
+    else:
+        assert FlowStatus.RUNNING.allows(then.status), f"RUNNING -> {then.status}"
+        row["status"], row["reason"] = then.status.value, then.reason
+        row["wait_seconds"] = then.wait_seconds if then.status in RUNNABLE_STATUSES else None
+    return row

@@ -1,0 +1,82 @@
+"""Rows of batches: what is sent to the database in one text, and what each database's statements have to do with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple, Protocol
+
+from sqlalchemy import Connection
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column of a batch, with its type on PostgreSQL."""
+
+    name: str
+    type_name: str
+
+
+CHECKPOINT_FIELDS = (
+    Field("execution_id", "BIGINT"),
+    Field("epoch", "INTEGER"),
+    Field("step", "INTEGER"),
+    # How the attempt of this step has ended.
+    Field("end_status", "TEXT"),
+    Field("failure", "TEXT"),
+    Field("error_type", "TEXT"),
+    Field("output", "TEXT"),
+    Field("entries", "TEXT"),
+    Field("entry_types", "TEXT"),
+    Field("dropped", "TEXT"),
+    # What follows: the next attempt, or a status other than RUNNING.
+    Field("task_index", "INTEGER"),
+    Field("name", "TEXT"),
+    Field("attempt", "INTEGER"),
+    Field("status", "TEXT"),
+    Field("reason", "TEXT"),
+    Field("wait_seconds", "DOUBLE PRECISION"),
+    Field("lease_seconds", "DOUBLE PRECISION"),
+    Field("worker", "TEXT"),
+)
+
+BEGIN_FIELDS = (Field("execution_id", "BIGINT"), Field("name", "TEXT"), Field("attempt", "INTEGER"))
+
+
+class Moved(NamedTuple):
+    """An execution that a checkpoint has moved on, with its new times; of a batch of many only which one it is."""
+
+    execution_id: int
+    updated_at: datetime | None = None
+    run_at: datetime | None = None
+
+
+class BatchStatements(Protocol):
+    """The statements of one schema of one kind of database."""
+
+    def write_checkpoints(self, connection: Connection, rows: Sequence[Row], *, wait: bool) -> list[Moved]:
+        """Write checkpoints, each one if its fence holds.
+
+        Args:
+            rows: with `CHECKPOINT_FIELDS`.
+            wait: whether to wait for what somebody else has locked; else that is left out.
+        """
+
+    def begin(self, connection: Connection, rows: Sequence[Row]) -> None:
+        """Write the transition of executions that were claimed in this transaction, and the attempts that follow.
+
+        Args:
+            rows: with `BEGIN_FIELDS`; without a name, no attempt follows.
+        """
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """The text of a batch of many."""
+    return _JSON.encode(rows)
+
+
+_JSON = json.JSONEncoder(check_circular=False, separators=(",", ":"))

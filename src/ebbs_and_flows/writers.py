@@ -1,0 +1,63 @@
+"""Writer: the connection on which a worker writes, its own as long as the worker runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from sqlalchemy import Connection
+
+from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded
+from ebbs_and_flows.rooms import Wanted
+from ebbs_and_flows.service import FlowService
+
+OWN_CONNECTIONS = 2
+"""Connections of the pool that a worker needs besides those of transactional tasks: to write, and to renew leases; one
+more to listen."""
+
+PLAN_SECONDS = 1.0
+"""How long PostgreSQL may go on with plans that were made when the tables were smaller."""
+
+
+class Writer:
+    """Writes a worker's turns, on PostgreSQL on a connection that it keeps: nothing has to be asked or reset between
+    two of them, and a host that uses up its pool does not hold up the worker.
+
+    Where the pool has none to spare, and on SQLite, where a connection costs nothing, each turn takes one of the pool.
+    """
+
+    def __init__(self, service: FlowService) -> None:
+        self._service = service
+        most = service.connections
+        self._keeps = not service.has_one_writer and (most is None or most > OWN_CONNECTIONS)
+        self._connection: Connection | None = None
+        self._planned_at = 0.0
+
+    def write(
+        self, checkpoints: Sequence[Checkpoint], wanted: Wanted | None = None
+    ) -> tuple[dict[int, Recorded | None], list[Claim]]:
+        """A turn; see `FlowService.turn`. Commits."""
+        if not self._keeps:
+            return self._service.turn(checkpoints, wanted)
+        try:
+            return self._service.turn(checkpoints, wanted, connection=self._connected())
+        except BaseException:
+            self.close()  # whatever it was, the next turn begins on a connection that the pool has looked at
+            raise
+
+    def close(self) -> None:
+        """Give the connection back."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _connected(self) -> Connection:
+        now = time.monotonic()
+        if self._connection is None:
+            self._connection = self._service.engine.connect()
+        elif now - self._planned_at > PLAN_SECONDS:
+            self._service.plan_anew(self._connection)
+        else:
+            return self._connection
+        self._planned_at = now
+        return self._connection
