@@ -6,8 +6,9 @@ import logging
 import queue
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ebbs_and_flows.chances import LastChances, is_last_chance
 from ebbs_and_flows.checkpoints import Claim, Recorded, Rest, Verdict
-from ebbs_and_flows.ends import End, Ends
+from ebbs_and_flows.ends import End, Ends, Turn
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowStatus
 from ebbs_and_flows.executors import ExecutorLane
 from ebbs_and_flows.lanes import Lane, LocalLane, Run
@@ -35,6 +36,9 @@ INTERRUPT_SECONDS = 1.0
 
 LAST_WORDS_SECONDS = 5.0
 """How long, after its grace period, a worker tries to hand back what it holds before it leaves it to its leases."""
+
+LEAST_HALF = 16
+"""Of no more executions in flight than twice this, all ends are written together that have arrived."""
 
 CLAIM_BATCH = 100
 """How many executions are claimed in one transaction at most, so that none of them waits long for its first task."""
@@ -87,6 +91,7 @@ class Dispatcher:
         self._last_chances = LastChances(settings.lease_seconds)
         self._may_have_strays = False
         self._has_more = True
+        self._turn_being_written: Turn | None = None
         self._next_claim_at = 0.0
         self._next_recovery_at = 0.0
         self._leases = LeaseKeeper(
@@ -141,7 +146,7 @@ class Dispatcher:
                 self._receive()
         finally:
             self._leases.stop()
-            self._writer.close()
+            self._writer.close(LAST_WORDS_SECONDS)
             for lane in self._lanes:
                 lane.close()
 
@@ -151,23 +156,28 @@ class Dispatcher:
         self._stop_if_asked(now)
         self._end_what_is_past_its_limit(now)
         is_done = False
-        if now >= self.outage.until and not self._local.holds_the_write_lock:
-            try:
-                self._write(now)
+        if self._turn_being_written is None and now >= self.outage.until and not self._local.holds_the_write_lock:
+            with self._outages():
                 self._hand_back_strays()
                 self._recover(now)
-                is_done = until_idle and self._is_idle(now)
+                self._write(now)
+                is_done = self._turn_being_written is None and until_idle and self._is_idle(now)
                 self.outage.over()
-                self._local.allow_transactions()
-            except SQLAlchemyError as error:
-                self.outage.note(error)
-            except Exception as error:
-                logger.exception("a worker's turn failed, which should not be; it goes on")
-                self.outage.note(error)
         if self.is_stopping:
-            is_over = not (self.runs or self._ends or self._may_have_strays)
+            is_over = not (self.runs or self._ends or self._may_have_strays or self._turn_being_written)
             return is_over or time.monotonic() > self._stops_at + LAST_WORDS_SECONDS
         return is_done
+
+    @contextmanager
+    def _outages(self) -> Iterator[None]:
+        """Note what the database says; nothing of it is raised."""
+        try:
+            yield
+        except SQLAlchemyError as error:
+            self.outage.note(error)
+        except Exception as error:
+            logger.exception("a worker's turn failed, which should not be; it goes on")
+            self.outage.note(error)
 
     def _receive(self) -> None:
         """Wait for something to do, and take in all that has arrived."""
@@ -197,7 +207,7 @@ class Dispatcher:
                 times.append(now + seconds)
         if self.is_stopping:
             times += [each for each in (self._stops_at, self._stops_at + LAST_WORDS_SECONDS) if each > now]
-        if not self._local.holds_the_write_lock:
+        if self._turn_being_written is None and not self._local.holds_the_write_lock:
             times.append(max(self.outage.until, self._next_writing_at(now)))
         return max(0.0, min(times) - now)
 
@@ -222,25 +232,74 @@ class Dispatcher:
         self._has_more = True
 
     def _write(self, now: float) -> None:
-        """Write the ends that have arrived, claim what there is room for, and go on with both."""
+        """Write the ends that have arrived and claim what there is room for, and go on with both.
+
+        Where others are in flight, that is done in the writer's thread, and what arrives meanwhile is gathered for the
+        next turn. A lone execution does not wait for two changes of threads.
+        """
         wanted = self._wanted(now)
         if wanted is None and not self._ends:
+            self._local.allow_transactions()
             return
+        turn = self._ends.next_turn(wanted, self._most_at_once())
+        if turn.ends and len(self.runs) > len(turn.ends) and self._hand_over(turn):
+            return
+        self._ends.write(turn)
+        self._go_on_after(turn, self._take_back(turn))
+
+    def _most_at_once(self) -> int:
+        """One half at a time: while the database writes it, this process can do what the other half needs."""
+        return max(LEAST_HALF, len(self.runs) // 2)
+
+    def _hand_over(self, turn: Turn) -> bool:
+        """Have a turn written in the writer's thread; False where there is no thread for it."""
+
+        def write() -> None:
+            self._ends.write(turn)
+            self._inbox.put(partial(self._written_beside, turn))
+
+        self._turn_being_written = turn
         try:
-            ends, claims = self._ends.write(wanted)
-            for end, recorded in ends:
-                self._go_on(end, recorded)
-            if wanted is None:
-                return
-            rested = sum(1 for _, recorded in ends if recorded is not None and recorded.attempt is None)
-            self._has_more = self._has_more or len(claims) >= wanted.limit + rested or wanted.only is not None
-            for claim in claims:
-                self._take_up(claim, by_itself=wanted.only is not None, beside=len(claims) > 1)
-        except BaseException:
-            if wanted is not None:
+            self._writer.hand_over(write)
+        except RuntimeError:
+            self._turn_being_written = None
+        return self._turn_being_written is not None
+
+    def _written_beside(self, turn: Turn) -> None:
+        self._turn_being_written = None
+        with self._outages():
+            ends = self._take_back(turn)
+            if self._ends.has_new and not self._may_have_strays and not self._local.holds_the_write_lock:
+                # First of all, so that the database is not idle meanwhile. Claims are for later: it is not known here
+                # yet for how many there is room.
+                self._hand_over(self._ends.next_turn(None, self._most_at_once()))
+            self._go_on_after(turn, ends)
+            self.outage.over()
+
+    def _take_back(self, turn: Turn) -> list[tuple[End, Recorded | None]]:
+        try:
+            return self._ends.take_back(turn)
+        except Exception:
+            if turn.wanted is not None:
                 self._may_have_strays = True  # it may have been committed without an answer
                 self._has_more = True
             raise
+
+    def _go_on_after(self, turn: Turn, ends: list[tuple[End, Recorded | None]]) -> None:
+        """Go on with what a turn has written and claimed."""
+        for end, recorded in ends:
+            self._go_on(end, recorded)
+        wanted = turn.wanted
+        if wanted is not None:
+            rested = sum(1 for _, recorded in ends if recorded is not None and recorded.attempt is None)
+            self._has_more = self._has_more or len(turn.claims) >= wanted.limit + rested or wanted.only is not None
+            try:
+                for claim in turn.claims:
+                    self._take_up(claim, by_itself=wanted.only is not None, beside=len(turn.claims) > 1)
+            except BaseException:
+                self._may_have_strays = self._has_more = True
+                raise
+        self._local.allow_transactions()
 
     def _wanted(self, now: float) -> Wanted | None:
         """What to claim now, if anything: as much as there is room for, and as much more as comes to rest meanwhile."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
@@ -33,6 +33,18 @@ class End:
     verdict: Verdict
 
 
+@dataclass
+class Turn:
+    """What a worker writes in one transaction, and what came of it."""
+
+    ends: dict[int, End]
+    checkpoints: dict[int, Checkpoint]
+    wanted: Wanted | None
+    recorded: dict[int, Recorded | None] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+    error: Exception | None = None
+
+
 class Ends:
     """Keeps ends until they are in the database, and writes all that have arrived in one transaction.
 
@@ -55,6 +67,8 @@ class Ends:
         self._waiting: list[End] = []
         self.wait_seconds = FIRST_WAIT_SECONDS
         """After how long what is left is to be written again."""
+        self.has_new = False
+        """Whether something has not been tried yet."""
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -62,38 +76,49 @@ class Ends:
     def add(self, run: Run, verdict: Verdict) -> None:
         """An attempt has ended."""
         self._waiting.append(End(run, verdict))
+        self.has_new = True
 
     def forget(self, run: Run) -> None:
         """Its end is of no interest any more: it would be refused."""
         self._waiting = [each for each in self._waiting if each.run is not run]
 
-    def write(self, wanted: Wanted | None = None) -> tuple[list[tuple[End, Recorded | None]], list[Claim]]:
-        """Write what waits and claim what is wanted, in one transaction. Commits.
+    def next_turn(self, wanted: Wanted | None, most: int) -> Turn:
+        """What is to be written now, at most so many ends, with what to claim. In the thread of the worker's loop."""
+        taken = self._waiting[: min(most, WRITE_BATCH)]
+        self.has_new = len(taken) < len(self._waiting)
+        ends = {each.run.execution_id: each for each in taken}
+        # In the order of their ids: of two that lock several, neither can wait for the other.
+        return Turn(ends, {each: self._checkpoint(ends[each]) for each in sorted(ends)}, wanted)
 
-        Returns:
-            Each end that was written, with what came of it, `None` where it was refused because the execution is no
-            longer held; and the claims.
+    def write(self, turn: Turn) -> None:
+        """Write a turn, in one transaction. Commits. In any thread; what comes of it, also an error, stands in the turn
+        afterwards.
+        """
+        try:
+            recorded, turn.claims = self._write_together(turn)
+            turn.recorded = {
+                each: self._sure_of(turn.ends[each], turn.checkpoints[each], recorded[each]) for each in recorded
+            }
+        except Exception as error:
+            turn.error = error
+
+    def take_back(self, turn: Turn) -> list[tuple[End, Recorded | None]]:
+        """Each end in it that was written, with what came of it; `None` where it was refused, because
+        the execution is no longer held. In the thread of the worker's loop.
 
         Raises:
-            SQLAlchemyError: the database does not answer as it should; all that was not returned still waits.
+            Exception: the turn's error, as a rule SQLAlchemy's; all of its ends still wait.
         """
-        batch = {each.run.execution_id: each for each in self._waiting[:WRITE_BATCH]}
-        # In the order of their ids: of two that lock several, neither can wait for the other.
-        checkpoints = {execution_id: self._checkpoint(batch[execution_id]) for execution_id in sorted(batch)}
-        try:
-            recorded, claims = self._write_together(checkpoints, batch, wanted)
-            sure = {each: self._sure_of(batch[each], checkpoints[each], recorded[each]) for each in recorded}
-        except SQLAlchemyError:
+        if turn.error is not None:
             # Some of it may be committed: all of it waits on, and what is refused the next time is read back.
-            for end in batch.values():
+            for end in turn.ends.values():
                 end.run.was_tried = True
-            raise
-        if not batch:
-            return [], claims
-        self._waiting = [each for each in self._waiting if each.run.execution_id not in recorded]
-        is_left = len(recorded) < len(batch)
-        self.wait_seconds = min(2 * self.wait_seconds, LONGEST_WAIT_SECONDS) if is_left else FIRST_WAIT_SECONDS
-        return [(batch[execution_id], each) for execution_id, each in sure.items()], claims
+            raise turn.error
+        if turn.ends:
+            self._waiting = [each for each in self._waiting if each.run.execution_id not in turn.recorded]
+            is_left = len(turn.recorded) < len(turn.ends)
+            self.wait_seconds = min(2 * self.wait_seconds, LONGEST_WAIT_SECONDS) if is_left else FIRST_WAIT_SECONDS
+        return [(turn.ends[execution_id], each) for execution_id, each in turn.recorded.items()]
 
     def _checkpoint(self, end: End) -> Checkpoint:
         run, goes_on = end.run, self._goes_on()
@@ -102,22 +127,20 @@ class Ends:
         verdict = end.verdict if run.starts_over is None else STOPPED
         return checkpoint_of(run.claim, run.template, verdict, self._lease_seconds, goes_on=goes_on)
 
-    def _write_together(
-        self, checkpoints: dict[int, Checkpoint], batch: dict[int, End], wanted: Wanted | None
-    ) -> tuple[dict[int, Recorded | None], list[Claim]]:
+    def _write_together(self, turn: Turn) -> tuple[dict[int, Recorded | None], list[Claim]]:
         try:
-            return self._writer.write(list(checkpoints.values()), wanted)
+            return self._writer.write(list(turn.checkpoints.values()), turn.wanted)
         except DBAPIError as error:
-            if not (checkpoints and is_refusal(error)):
+            if not (turn.ends and is_refusal(error)):
                 raise
         except SQLAlchemyError:
             raise
         except Exception:  # of one of them, whatever it is; the others are to be written
-            if not checkpoints:
+            if not turn.ends:
                 raise
             logger.exception("checkpoints could not be written together")
-        recorded = self._write_singly(checkpoints, batch)
-        return recorded, self._writer.write([], wanted)[1]
+        recorded = self._write_singly(turn.checkpoints, turn.ends)
+        return recorded, self._writer.write([], turn.wanted)[1]
 
     def _write_singly(self, checkpoints: dict[int, Checkpoint], batch: dict[int, End]) -> dict[int, Recorded | None]:
         recorded: dict[int, Recorded | None] = {}

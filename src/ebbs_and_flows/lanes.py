@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 from ebbs_and_flows.checkpoints import Claim, Verdict
@@ -29,42 +29,60 @@ NO_THREAD_SECONDS = 5.0
 """After how long an attempt is tried again for which there was no thread."""
 
 
-@dataclass(eq=False)
 class Run:
-    """One attempt that a worker holds, from the claim or checkpoint that started it to the one that ends it."""
+    """One attempt that a worker holds, from the claim or checkpoint that started it to the one that ends it.
 
-    claim: Claim
-    template: FlowTemplate
-    task: Task
-    limit: Limit | None = None
-    """How long its body may take; set as it begins."""
-    signal: StopSignal = field(default_factory=StopSignal)
-    alone: bool = False
-    """Whether it is to run without any other in its lane, because it may be what has broken the executor."""
-    is_last_chance: bool = False
-    """Whether it was started although one more lost worker would park it: nothing is claimed beside it for a while."""
-    deadline: float | None = None
-    """When that is over, on `time.monotonic`."""
-    began: float | None = None
-    is_past_limit: bool = False
-    """Whether it was asked to end because its limit was reached."""
-    is_settled: bool = False
-    """Whether it is known how it ended; what its body still has to say is not heard."""
-    was_tried: bool = False
-    """Whether a checkpoint of it may have been committed without an answer."""
-    starts_over: str | None = None
-    """Why another attempt is to follow at once without blame, where the body was cut off by somebody else's fault."""
+    Args:
+        claim: with the open attempt.
+        template: the execution's.
+        task: the attempt's.
+        alone: whether it is to run without any other in its lane, because it may be what has broken the executor.
+    """
 
-    @property
-    def name(self) -> str:
-        """The task's name."""
-        assert self.claim.attempt is not None, "a run has an open attempt"
-        return self.claim.attempt.name
+    __slots__ = (
+        "alone",
+        "began",
+        "claim",
+        "deadline",
+        "execution_id",
+        "is_last_chance",
+        "is_past_limit",
+        "is_settled",
+        "limit",
+        "name",
+        "signal",
+        "starts_over",
+        "task",
+        "template",
+        "was_tried",
+    )
 
-    @property
-    def execution_id(self) -> int:
-        """The execution's id."""
-        return self.claim.execution.execution_id
+    def __init__(self, claim: Claim, template: FlowTemplate, task: Task, *, alone: bool = False) -> None:
+        assert claim.attempt is not None, "a run has an open attempt"
+        self.claim = claim
+        self.template = template
+        self.task = task
+        self.alone = alone
+        self.name = claim.attempt.name
+        self.execution_id = claim.execution.execution_id
+        self.signal = StopSignal()
+        self.limit: Limit | None = None
+        """How long its body may take; set as it begins."""
+        self.is_last_chance = False
+        """Whether it was started although one more lost worker would park it: nothing is claimed beside it for a
+        while."""
+        self.deadline: float | None = None
+        """When that is over, on `time.monotonic`."""
+        self.began: float | None = None
+        self.is_past_limit = False
+        """Whether it was asked to end because its limit was reached."""
+        self.is_settled = False
+        """Whether it is known how it ended; what its body still has to say is not heard."""
+        self.was_tried = False
+        """Whether a checkpoint of it may have been committed without an answer."""
+        self.starts_over: str | None = None
+        """Why another attempt is to follow at once without blame, where the body was cut off by somebody else's
+        fault."""
 
 
 Ended = Callable[[Run, "Verdict | Written"], None]

@@ -78,35 +78,20 @@ class Failed:
 Outcome = Success | Failed
 
 
+@dataclass(frozen=True)
 class Limit:
-    """How long an attempt may take: the task's own limit, or what is left of its execution's, whichever is shorter.
+    """How long an attempt may take, in seconds, and what is recorded of one that takes longer."""
 
-    Args:
-        task: the task, with its `timeout_seconds`.
-        name: its name in its template, for messages.
-        flow_error: what to record where the execution's limit is the shorter one.
-        flow_seconds: what is left of it; `None` without one.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        name: str,
-        flow_error: FlowTimeoutError | None = None,
-        flow_seconds: float | None = None,
-    ) -> None:
-        self.seconds = task.timeout_seconds
-        self._task_error = None if self.seconds is None else TaskTimeoutError(name, self.seconds)
-        self._flow_error = None
-        if flow_seconds is not None and (self.seconds is None or flow_seconds < self.seconds):
-            self.seconds, self._flow_error = max(flow_seconds, 0.0), flow_error
+    seconds: float | None = None
+    error: TaskTimeoutError | FlowTimeoutError | None = None
 
     def reached(self) -> Failed:
         """The outcome of an attempt that has reached it."""
-        if self._flow_error is not None:
-            return Failed(self._flow_error, Failure.TIMEOUT, may_retry=False)
-        assert self._task_error is not None, "only a limit can be reached"
-        return Failed(self._task_error, Failure.TIMEOUT)
+        assert self.error is not None, "only a limit can be reached"
+        return Failed(self.error, Failure.TIMEOUT, may_retry=isinstance(self.error, TaskTimeoutError))
+
+
+UNLIMITED = Limit()
 
 
 def run_body(

@@ -96,7 +96,17 @@ class Task(ABC):
     @property
     def is_async(self) -> bool:
         """Whether `run` is a coroutine function."""
-        return inspect.iscoroutinefunction(inspect.unwrap(self.run))
+        run = self.run
+        try:
+            return _is_async(getattr(run, "__func__", run))
+        except TypeError:  # a callable that cannot be hashed
+            return _is_async.__wrapped__(run)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_async(run: Callable[..., Any]) -> bool:
+    """Asked at every attempt, and slow to find out."""
+    return inspect.iscoroutinefunction(inspect.unwrap(run))
 
 
 class TransactionalTask(Task):

@@ -53,7 +53,7 @@ class FlowTemplate:
             )
         self.max_in_flight = max_in_flight
         self._tasks: list[Task] = []
-        self._task_names: list[str] = []
+        self._task_names: tuple[str, ...] = ()
         self._declared_inputs = None if inputs is None else _items(f"template {self.name!r}", "inputs", inputs)
         self._available: dict[str, Any] = {item.name: item.type for item in self._declared_inputs or ()}
         self._types_declared = False
@@ -73,7 +73,7 @@ class FlowTemplate:
     @property
     def task_names(self) -> tuple[str, ...]:
         """The tasks' names, in order: what an execution remembers of the tasks it has completed."""
-        return tuple(self._task_names)
+        return self._task_names
 
     @property
     def inputs(self) -> tuple[TaskDataItem, ...]:
@@ -120,7 +120,7 @@ class FlowTemplate:
             )
         self._available = self._check_data_flow(task, task_name)
         self._tasks.append(task)
-        self._task_names.append(task_name)
+        self._task_names = (*self._task_names, task_name)
         if self._types_declared:
             _declare_types(task)
 
@@ -143,7 +143,7 @@ class FlowTemplate:
         """Raise `TemplateMismatchError` unless the template begins with the tasks named in `completed`, in that
         order.
         """
-        if self._task_names[: len(completed)] != list(completed):
+        if self._task_names[: len(completed)] != tuple(completed):
             raise TemplateMismatchError(self.name, completed, self._task_names)
 
     def _check_data_flow(self, task: Task, task_name: str) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from ebbs_and_flows.checkpoints import (
     Verdict,
 )
 from ebbs_and_flows.context import ExecutionContext
-from ebbs_and_flows.errors import FlowTimeoutError
+from ebbs_and_flows.errors import FlowTimeoutError, TaskTimeoutError
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, Failure, FlowExecution, FlowStatus, TaskStatus
-from ebbs_and_flows.outcomes import Failed, Limit, Outcome
+from ebbs_and_flows.outcomes import UNLIMITED, Failed, Limit, Outcome
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate
 
@@ -148,12 +148,15 @@ def _rested(claim: Claim, recorded: Recorded, context: ExecutionContext) -> Flow
 
 
 def limit_of(claim: Claim, template: FlowTemplate, task: Task, name: str) -> Limit:
-    """How long the open attempt may take, from now on."""
-    if claim.deadline is None or template.timeout_seconds is None:
-        return Limit(task, name)
-    return Limit(
-        task, name, FlowTimeoutError(template.name, template.timeout_seconds), claim.deadline - time.monotonic()
-    )
+    """How long the open attempt may take, from now on: the task's own limit, or what is left of its execution's,
+    whichever is shorter.
+    """
+    seconds = task.timeout_seconds
+    if claim.deadline is not None and template.timeout_seconds is not None:
+        left = max(0.0, claim.deadline - time.monotonic())
+        if seconds is None or left < seconds:
+            return Limit(left, FlowTimeoutError(template.name, template.timeout_seconds))
+    return UNLIMITED if seconds is None else Limit(seconds, TaskTimeoutError(name, seconds))
 
 
 def _after_success(claim: Claim, template: FlowTemplate, goes_on: bool) -> NextAttempt | Rest:

@@ -1,11 +1,15 @@
-"""Writer: the connection on which a worker writes, its own as long as the worker runs."""
+"""Writer: the connection on which a worker writes, its own as long as the worker runs, and a thread to wait for it."""
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
 from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded
 from ebbs_and_flows.rooms import Wanted
@@ -32,6 +36,8 @@ class Writer:
         self._keeps = not service.has_one_writer and (most is None or most > OWN_CONNECTIONS)
         self._connection: Connection | None = None
         self._planned_at = 0.0
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     def write(
         self, checkpoints: Sequence[Checkpoint], wanted: Wanted | None = None
@@ -42,14 +48,48 @@ class Writer:
         try:
             return self._service.turn(checkpoints, wanted, connection=self._connected())
         except BaseException:
-            self.close()  # whatever it was, the next turn begins on a connection that the pool has looked at
+            self._give_back()  # whatever it was, the next turn begins on a connection that the pool has looked at
             raise
 
-    def close(self) -> None:
-        """Give the connection back."""
+    def hand_over(self, job: Callable[[], None]) -> None:
+        """Do a job, which writes and raises nothing, in the writer's own thread, while the caller goes on. The caller
+        hands over the next one, or writes itself, once it is told by the job that this one is done.
+
+        Raises:
+            RuntimeError: there is no thread for it.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="ebbs writer", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:
+                self._thread = None
+                raise
+        self._jobs.put(job)
+
+    def close(self, patience_seconds: float) -> None:
+        """Give the connection back, once the last job is done.
+
+        Args:
+            patience_seconds: how long to wait for that; later it happens by itself.
+        """
+        if self._thread is None:
+            self._give_back()
+        else:
+            self._jobs.put(None)
+            self._thread.join(patience_seconds)
+
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job
+        self._give_back()
+
+    def _give_back(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.close()
+            with suppress(SQLAlchemyError):  # it was lost, and cannot be reset
+                connection.close()
 
     def _connected(self) -> Connection:
         now = time.monotonic()
