@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import selectors
+import socket
 import threading
 from collections.abc import Callable
 
 from sqlalchemy import Engine
 
 POLL_SECONDS = 0.5
-"""How long the connection waits for a notification before it looks whether it is to stop."""
+"""How long it waits for its socket before it asks the driver, which may have read ahead."""
 
 RECONNECT_SECONDS = 5.0
 """How long it waits after an error; meanwhile the worker polls."""
@@ -32,6 +34,7 @@ class Listener:
         self._notice = notice
         self._report = report
         self._stopped = threading.Event()
+        self._bell, self._ring = socket.socketpair()
         self._thread = threading.Thread(target=self._serve, name="ebbs listener", daemon=True)
 
     def start(self) -> None:
@@ -41,15 +44,17 @@ class Listener:
     def stop(self) -> None:
         """End, and give the connection back."""
         self._stopped.set()
+        self._ring.close()
         self._thread.join(2 * POLL_SECONDS + 1)
 
     def _serve(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._listen()
-            except Exception as error:  # the driver's own errors come unwrapped
-                self._report(error)
-                self._stopped.wait(RECONNECT_SECONDS)
+        with self._bell:
+            while not self._stopped.is_set():
+                try:
+                    self._listen()
+                except Exception as error:  # the driver's own errors come unwrapped
+                    self._report(error)
+                    self._stopped.wait(RECONNECT_SECONDS)
 
     def _listen(self) -> None:
         with self._engine.connect() as connection:
@@ -58,9 +63,13 @@ class Listener:
             try:
                 connection.exec_driver_sql(f'LISTEN "{self._channel}"')
                 self._notice()  # what was said before was not heard
-                while not self._stopped.is_set():
-                    for _ in driver.notifies(timeout=POLL_SECONDS, stop_after=1):
-                        self._notice()
+                with selectors.DefaultSelector() as selector:
+                    selector.register(driver.fileno(), selectors.EVENT_READ)
+                    selector.register(self._bell, selectors.EVENT_READ)
+                    while not self._stopped.is_set():
+                        selector.select(POLL_SECONDS)
+                        if list(driver.notifies(timeout=0)):
+                            self._notice()
                 connection.exec_driver_sql("UNLISTEN *")
             except BaseException:
                 connection.invalidate()  # who gets it next from the pool is not to listen
