@@ -71,6 +71,13 @@ def chaos(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Run flows side by side with other libraries, and with raw SQL, for half an hour: see benchmarks/README.md."""
+    session.install(".[postgres]", *group("bench"))
+    session.run("python", "benchmarks/compare.py", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, format and the direction of imports."""
     session.install(*group("lint"))

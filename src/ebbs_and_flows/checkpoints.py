@@ -92,8 +92,7 @@ class Verdict:
         return self.end.status is TaskStatus.SUCCEEDED
 
 
-@dataclass(frozen=True, slots=True)
-class NextAttempt:
+class NextAttempt(NamedTuple):
     """What follows: another attempt under the same claim, as a rule the next task's first."""
 
     task_index: int
@@ -114,8 +113,7 @@ class Rest:
     wait_seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """The end of one attempt and what follows it: written in one transaction, or refused as a whole.
 
     Refused unless the execution is still RUNNING under this `epoch` and at this attempt's step.
@@ -130,8 +128,7 @@ class Checkpoint:
     lease_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Recorded:
+class Recorded(NamedTuple):
     """What came of a checkpoint."""
 
     attempt: OpenAttempt | None

@@ -108,7 +108,8 @@ class ExecutionContext(Mapping[str, Any]):
             self._copy_from(mapping)
         elif mapping is not None:
             self._add(mapping)
-        self._add(entries)
+        if entries:
+            self._add(entries)
 
     @classmethod
     def from_encoded(cls, entries: Mapping[str, EncodedValue]) -> ExecutionContext:
@@ -228,7 +229,8 @@ class ExecutionContext(Mapping[str, Any]):
         copied = ExecutionContext(self)
         if mapping is not None:
             copied._add(mapping)
-        copied._add(new)
+        if new:
+            copied._add(new)
         return copied
 
     def without(self, *names: str) -> ExecutionContext:
@@ -336,17 +338,23 @@ class ExecutionContext(Mapping[str, Any]):
     @classmethod
     def _frozen_of(cls, entries: dict[str, EncodedValue]) -> ExecutionContext:
         """Make a read-only context that keeps this very dict, which nobody may change from now on."""
-        context = ExecutionContext()
+        context: ExecutionContext = cls.__new__(cls)
         context._entries = entries  # type: ignore[assignment]  # frozen: all are encoded
         context._frozen = True
+        context._base = None
+        context._touched = context._dropped = _NOTHING
         return context
 
     def _copy_from(self, other: ExecutionContext, left_out: Mapping[str, None] = MappingProxyType({})) -> None:
         """Take over another context's entries, less some, and what it remembers of where they come from."""
         self._entries = other._entries.copy()
-        self._base = other._entries if other._frozen else other._base
-        self._touched = other._touched.copy()
-        self._dropped = {**other._dropped, **left_out}
+        if other._frozen:
+            self._base = other._entries
+            self._dropped = dict(left_out)
+        else:
+            self._base = other._base
+            self._touched = other._touched.copy()
+            self._dropped = {**other._dropped, **left_out}
         for name in left_out:
             del self._entries[name]
         for name in self._touched:
@@ -384,10 +392,16 @@ class ExecutionContext(Mapping[str, Any]):
         return left is right or bool(left == right)
 
 
+_NOTHING: dict[str, None] = {}
+"""What a read-only context has touched and dropped. Shared, and never written to: all of that is refused before."""
+
+
 def _apply(delta: ContextDelta, entries: dict[str, EncodedValue]) -> None:
-    for name in (*delta.entries, *delta.dropped):
+    for name in delta.dropped:
         entries.pop(name, None)
-    entries.update(delta.entries)
+    for name, entry in delta.entries.items():
+        entries.pop(name, None)
+        entries[name] = entry
 
 
 def _entry_name(name: object) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 
 from ebbs_and_flows.checkpoints import Claim, Verdict
 from ebbs_and_flows.errors import StopRequestedError
-from ebbs_and_flows.logs import ABOUT, about, log_claim, logger
+from ebbs_and_flows.logs import ABOUT, log_claim, logger
 from ebbs_and_flows.outcomes import Failed, Limit, Outcome, run_async_body, run_body
 from ebbs_and_flows.stopping import SIGNAL, WORKER_STOPS, StopSignal
 from ebbs_and_flows.tasks import Task
@@ -276,7 +276,7 @@ class LocalLane(Lane):
         if not run.task.is_transactional:
             return run_here(run)
         SIGNAL.set(run.signal)
-        ABOUT.set(about(run.claim))
+        ABOUT.set(run.claim)
         assert run.limit is not None, "its body has begun"
         try:
             return self._transactions.run(
@@ -304,7 +304,7 @@ class LocalLane(Lane):
 def run_here(run: Run) -> Verdict:
     """Run a body in this thread, in a context that is its own, and give the verdict. Raises nothing."""
     SIGNAL.set(run.signal)
-    ABOUT.set(about(run.claim))
+    ABOUT.set(run.claim)
     try:
         return verdict_of(run, run_body(run.task, run.name, run.claim.context))
     except BaseException as error:  # also KeyboardInterrupt: in this thread it is the task's own doing
@@ -444,7 +444,7 @@ class BodyLoop:
 
     async def _body(self, run: Run, ended: Callable[[Verdict], None]) -> None:
         SIGNAL.set(run.signal)
-        ABOUT.set(about(run.claim))
+        ABOUT.set(run.claim)
         try:
             outcome = await run_async_body(run.task, run.name, run.claim.context)
             verdict = verdict_of(run, outcome)

@@ -16,8 +16,8 @@ logger = logging.getLogger("ebbs_and_flows")
 FIELDS = ("execution_id", "template", "task", "attempt")
 """What every record about an attempt carries."""
 
-ABOUT: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar("ebbs_about_attempt", default=None)
-"""The fields of the attempt whose task runs in this thread or coroutine."""
+ABOUT: contextvars.ContextVar[Claim | Mapping[str, Any] | None] = contextvars.ContextVar("ebbs_about", default=None)
+"""The claim with the attempt whose task runs in this thread or coroutine; or its fields, from another process."""
 
 
 class AttemptLogFilter(logging.Filter):
@@ -29,10 +29,11 @@ class AttemptLogFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Add the fields that the record does not have yet; it always passes."""
-        about = ABOUT.get() or {}
+        running = ABOUT.get() or {}
+        fields = about(running) if isinstance(running, Claim) else running
         for field in FIELDS:
             if not hasattr(record, field):
-                setattr(record, field, about.get(field))
+                setattr(record, field, fields.get(field))
         return True
 
 

@@ -1,0 +1,1 @@
+"""The contestants of `benchmarks/compare.py`, one small module each."""
