@@ -91,7 +91,7 @@ class Dispatcher:
         self._last_chances = LastChances(settings.lease_seconds)
         self._may_have_strays = False
         self._has_more = True
-        self._turn_being_written: Turn | None = None
+        self._turns_handed_over = 0
         self._next_claim_at = 0.0
         self._next_recovery_at = 0.0
         self._leases = LeaseKeeper(
@@ -156,15 +156,17 @@ class Dispatcher:
         self._stop_if_asked(now)
         self._end_what_is_past_its_limit(now)
         is_done = False
-        if self._turn_being_written is None and now >= self.outage.until and not self._local.holds_the_write_lock:
+        if self._turns_handed_over == 0 and now >= self.outage.until and not self._local.holds_the_write_lock:
             with self._outages():
                 self._hand_back_strays()
                 self._recover(now)
                 self._write(now)
-                is_done = self._turn_being_written is None and until_idle and self._is_idle(now)
+                is_done = self._turns_handed_over == 0 and until_idle and self._is_idle(now)
                 self.outage.over()
+        elif self._turns_handed_over > 0:
+            self._hand_over_next()
         if self.is_stopping:
-            is_over = not (self.runs or self._ends or self._may_have_strays or self._turn_being_written)
+            is_over = not (self.runs or self._ends or self._may_have_strays or self._turns_handed_over)
             return is_over or time.monotonic() > self._stops_at + LAST_WORDS_SECONDS
         return is_done
 
@@ -207,7 +209,7 @@ class Dispatcher:
                 times.append(now + seconds)
         if self.is_stopping:
             times += [each for each in (self._stops_at, self._stops_at + LAST_WORDS_SECONDS) if each > now]
-        if self._turn_being_written is None and not self._local.holds_the_write_lock:
+        if self._turns_handed_over == 0 and not self._local.holds_the_write_lock:
             times.append(max(self.outage.until, self._next_writing_at(now)))
         return max(0.0, min(times) - now)
 
@@ -241,13 +243,13 @@ class Dispatcher:
         if wanted is None and not self._ends:
             self._local.allow_transactions()
             return
-        turn = self._ends.next_turn(wanted, self._most_at_once())
+        turn = self._ends.next_turn(wanted, self._half())
         if turn.ends and len(self.runs) > len(turn.ends) and self._hand_over(turn):
             return
         self._ends.write(turn)
         self._go_on_after(turn, self._take_back(turn))
 
-    def _most_at_once(self) -> int:
+    def _half(self) -> int:
         """One half at a time: while the database writes it, this process can do what the other half needs."""
         return max(LEAST_HALF, len(self.runs) // 2)
 
@@ -258,21 +260,30 @@ class Dispatcher:
             self._ends.write(turn)
             self._inbox.put(partial(self._written_beside, turn))
 
-        self._turn_being_written = turn
         try:
-            self._writer.hand_over(write)
+            self._writer.hand_over(write, after_another=self._turns_handed_over > 0)
         except RuntimeError:
-            self._turn_being_written = None
-        return self._turn_being_written is not None
+            return False
+        self._turns_handed_over += 1
+        return True
+
+    def _hand_over_next(self) -> None:
+        """Give the writer what it is to go on with, so that the database is not idle: the other half, once it is
+        complete; any number, where nothing else is under way. Claims are for later: it is not known here for how many
+        there is room.
+        """
+        least = 1 if self._turns_handed_over == 0 else self._half()
+        is_time = self._ends.new >= least and self._turns_handed_over < 2 and time.monotonic() >= self.outage.until
+        if is_time and not self._may_have_strays and not self._local.holds_the_write_lock:
+            turn = self._ends.next_turn(None, self._half())
+            if not self._hand_over(turn):
+                self._ends.put_back(turn)
 
     def _written_beside(self, turn: Turn) -> None:
-        self._turn_being_written = None
+        self._turns_handed_over -= 1
         with self._outages():
             ends = self._take_back(turn)
-            if self._ends.has_new and not self._may_have_strays and not self._local.holds_the_write_lock:
-                # First of all, so that the database is not idle meanwhile. Claims are for later: it is not known here
-                # yet for how many there is room.
-                self._hand_over(self._ends.next_turn(None, self._most_at_once()))
+            self._hand_over_next()
             self._go_on_after(turn, ends)
             self.outage.over()
 

@@ -11,6 +11,7 @@ from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded, Verdict
 from ebbs_and_flows.errors import UnknownExecutionError
 from ebbs_and_flows.lanes import Run
 from ebbs_and_flows.logs import logger
+from ebbs_and_flows.persistence.batches import CheckpointBatch
 from ebbs_and_flows.persistence.databases import is_refusal
 from ebbs_and_flows.rooms import Wanted
 from ebbs_and_flows.service import FlowService
@@ -38,7 +39,7 @@ class Turn:
     """What a worker writes in one transaction, and what came of it."""
 
     ends: dict[int, End]
-    checkpoints: dict[int, Checkpoint]
+    batch: CheckpointBatch
     wanted: Wanted | None
     recorded: dict[int, Recorded | None] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
@@ -67,28 +68,41 @@ class Ends:
         self._waiting: list[End] = []
         self.wait_seconds = FIRST_WAIT_SECONDS
         """After how long what is left is to be written again."""
-        self.has_new = False
-        """Whether something has not been tried yet."""
+        self._new = 0
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
+    @property
+    def new(self) -> int:
+        """How many have not been tried yet."""
+        return self._new
+
     def add(self, run: Run, verdict: Verdict) -> None:
         """An attempt has ended."""
         self._waiting.append(End(run, verdict))
-        self.has_new = True
+        self._new += 1
 
     def forget(self, run: Run) -> None:
         """Its end is of no interest any more: it would be refused."""
         self._waiting = [each for each in self._waiting if each.run is not run]
 
     def next_turn(self, wanted: Wanted | None, most: int) -> Turn:
-        """What is to be written now, at most so many ends, with what to claim. In the thread of the worker's loop."""
-        taken = self._waiting[: min(most, WRITE_BATCH)]
-        self.has_new = len(taken) < len(self._waiting)
+        """Take out what is to be written now, at most so many ends, with what to claim. In the thread of the worker's
+        loop.
+        """
+        most = min(most, WRITE_BATCH)
+        taken, self._waiting = self._waiting[:most], self._waiting[most:]
         ends = {each.run.execution_id: each for each in taken}
         # In the order of their ids: of two that lock several, neither can wait for the other.
-        return Turn(ends, {each: self._checkpoint(ends[each]) for each in sorted(ends)}, wanted)
+        batch = self._service.batch_of([self._checkpoint(ends[each]) for each in sorted(ends)])
+        self._new = min(self._new, len(self._waiting))
+        return Turn(ends, batch, wanted)
+
+    def put_back(self, turn: Turn) -> None:
+        """Let what was taken out for a turn wait on, as what nobody has tried to write."""
+        self._waiting = [*turn.ends.values(), *self._waiting]
+        self._new += len(turn.ends)
 
     def write(self, turn: Turn) -> None:
         """Write a turn, in one transaction. Commits. In any thread; what comes of it, also an error, stands in the turn
@@ -97,7 +111,9 @@ class Ends:
         try:
             recorded, turn.claims = self._write_together(turn)
             turn.recorded = {
-                each: self._sure_of(turn.ends[each], turn.checkpoints[each], recorded[each]) for each in recorded
+                each.execution_id: self._sure_of(turn.ends[each.execution_id], each, recorded[each.execution_id])
+                for each in turn.batch.checkpoints
+                if each.execution_id in recorded
             }
         except Exception as error:
             turn.error = error
@@ -113,11 +129,12 @@ class Ends:
             # Some of it may be committed: all of it waits on, and what is refused the next time is read back.
             for end in turn.ends.values():
                 end.run.was_tried = True
+            self._waiting = [*turn.ends.values(), *self._waiting]
             raise turn.error
         if turn.ends:
-            self._waiting = [each for each in self._waiting if each.run.execution_id not in turn.recorded]
-            is_left = len(turn.recorded) < len(turn.ends)
-            self.wait_seconds = min(2 * self.wait_seconds, LONGEST_WAIT_SECONDS) if is_left else FIRST_WAIT_SECONDS
+            left = [end for execution_id, end in turn.ends.items() if execution_id not in turn.recorded]
+            self._waiting = [*left, *self._waiting]
+            self.wait_seconds = min(2 * self.wait_seconds, LONGEST_WAIT_SECONDS) if left else FIRST_WAIT_SECONDS
         return [(turn.ends[execution_id], each) for execution_id, each in turn.recorded.items()]
 
     def _checkpoint(self, end: End) -> Checkpoint:
@@ -129,7 +146,7 @@ class Ends:
 
     def _write_together(self, turn: Turn) -> tuple[dict[int, Recorded | None], list[Claim]]:
         try:
-            return self._writer.write(list(turn.checkpoints.values()), turn.wanted)
+            return self._writer.write(turn.batch, turn.wanted)
         except DBAPIError as error:
             if not (turn.ends and is_refusal(error)):
                 raise
@@ -139,20 +156,21 @@ class Ends:
             if not turn.ends:
                 raise
             logger.exception("checkpoints could not be written together")
-        recorded = self._write_singly(turn.checkpoints, turn.ends)
+        recorded = self._write_singly(turn)
         return recorded, self._writer.write([], turn.wanted)[1]
 
-    def _write_singly(self, checkpoints: dict[int, Checkpoint], batch: dict[int, End]) -> dict[int, Recorded | None]:
+    def _write_singly(self, turn: Turn) -> dict[int, Recorded | None]:
         recorded: dict[int, Recorded | None] = {}
-        for execution_id, checkpoint in checkpoints.items():
-            end = batch[execution_id]
+        for checkpoint in turn.batch.checkpoints:
+            execution_id = checkpoint.execution_id
+            end = turn.ends[execution_id]
             try:
                 recorded.update(self._writer.write([checkpoint])[0])
             except DBAPIError as error:
                 if not is_refusal(error):
                     raise
                 if end.verdict.succeeded:
-                    end = batch[execution_id] = End(end.run, refused(end.run.claim, end.run.task, error))
+                    end = turn.ends[execution_id] = End(end.run, refused(end.run.claim, end.run.task, error))
                     recorded.update(self._writer.write([self._checkpoint(end)])[0])
                 else:
                     logger.exception("execution %s: its end cannot be recorded", execution_id)

@@ -559,8 +559,19 @@ class FlowService:
         wanted = Wanted(templates, statuses, worker, lease_seconds, limit, queues, max_in_flight or {}, only)
         return self.turn([], wanted)[1]
 
+    def batch_of(self, checkpoints: Sequence[Checkpoint]) -> CheckpointBatch:
+        """Checkpoints, one of an execution each, made ready to be sent."""
+        batch = CheckpointBatch(checkpoints)
+        for chunk in batch.chunks:
+            self._statements.batches.prepare(chunk)
+        return batch
+
     def turn(
-        self, checkpoints: Sequence[Checkpoint], wanted: Wanted | None = None, *, connection: Connection | None = None
+        self,
+        checkpoints: Sequence[Checkpoint] | CheckpointBatch,
+        wanted: Wanted | None = None,
+        *,
+        connection: Connection | None = None,
     ) -> tuple[dict[int, Recorded | None], list[Claim]]:
         """A turn of a worker: record the ends of attempts and what follows them, then claim, in one transaction.
         Commits.
@@ -573,11 +584,11 @@ class FlowService:
         Returns:
             By execution id what came of each checkpoint that was written, `None` where it was refused; and the claims.
         """
-        if wanted is not None and not wanted.is_possible(checkpoints):
+        batch = checkpoints if isinstance(checkpoints, CheckpointBatch) else CheckpointBatch(checkpoints)
+        if wanted is not None and not wanted.is_possible(batch.checkpoints):
             wanted = None
-        if not checkpoints and wanted is None:
+        if not batch.checkpoints and wanted is None:
             return {}, []
-        batch = CheckpointBatch(checkpoints)
         is_one_statement = wanted is None and batch.is_one_statement
         with self._work(connection=connection, is_one_statement=is_one_statement) as work:
             recorded = steps.record(work, batch, wait=False)

@@ -174,8 +174,9 @@ def lose_worker(work: UnitOfWork, execution: FlowExecution, template: FlowTempla
 
 def begin(work: UnitOfWork, claimed: Sequence[FlowExecution], templates: Mapping[str, FlowTemplate]) -> list[Claim]:
     """Write the transition of each execution just claimed, and the first attempt that follows from it."""
-    progress = work.contexts.progress(claimed)
-    counts = work.attempts.counts([each.execution_id for each in claimed if each.epoch > 1])
+    claimed_before = [each.execution_id for each in claimed if each.epoch > 1]
+    progress = work.contexts.progress(claimed, has_run=bool(claimed_before))
+    counts = work.attempts.counts(claimed_before)
     limited = [each.execution_id for each in claimed if templates[each.template_name].timeout_seconds is not None]
     began = work.transitions.run_began(limited)
     claims = []

@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded
+from ebbs_and_flows.persistence.batches import CheckpointBatch
 from ebbs_and_flows.rooms import Wanted
 from ebbs_and_flows.service import FlowService
 
@@ -36,11 +37,12 @@ class Writer:
         self._keeps = not service.has_one_writer and (most is None or most > OWN_CONNECTIONS)
         self._connection: Connection | None = None
         self._planned_at = 0.0
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], bool] | None] = queue.SimpleQueue()
+        self._has_begun = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
 
     def write(
-        self, checkpoints: Sequence[Checkpoint], wanted: Wanted | None = None
+        self, checkpoints: Sequence[Checkpoint] | CheckpointBatch, wanted: Wanted | None = None
     ) -> tuple[dict[int, Recorded | None], list[Claim]]:
         """A turn; see `FlowService.turn`. Commits."""
         if not self._keeps:
@@ -51,9 +53,12 @@ class Writer:
             self._give_back()  # whatever it was, the next turn begins on a connection that the pool has looked at
             raise
 
-    def hand_over(self, job: Callable[[], None]) -> None:
-        """Do a job, which writes and raises nothing, in the writer's own thread, while the caller goes on. The caller
-        hands over the next one, or writes itself, once it is told by the job that this one is done.
+    def hand_over(self, job: Callable[[], None], *, after_another: bool) -> None:
+        """Do a job, which writes and raises nothing, in the writer's own thread, while the caller goes on.
+
+        Args:
+            after_another: whether one that was handed over before may still be under way. The caller itself writes
+                nothing before it is told, by the jobs, that they are done.
 
         Raises:
             RuntimeError: there is no thread for it.
@@ -65,7 +70,11 @@ class Writer:
             except RuntimeError:
                 self._thread = None
                 raise
-        self._jobs.put(job)
+        self._jobs.put((job, after_another))
+        if not after_another:
+            # Until the job waits for the database, it has the interpreter's lock. Else the caller would keep that for
+            # as long as it has something to do, and the database would be idle meanwhile.
+            self._has_begun.acquire()
 
     def close(self, patience_seconds: float) -> None:
         """Give the connection back, once the last job is done.
@@ -80,9 +89,12 @@ class Writer:
             self._thread.join(patience_seconds)
 
     def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (handed_over := self._jobs.get()) is not None:
+            job, after_another = handed_over
+            if not after_another:
+                self._has_begun.release()
             job()
-            del job
+            del job, handed_over
         self._give_back()
 
     def _give_back(self) -> None:

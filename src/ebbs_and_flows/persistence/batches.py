@@ -1,7 +1,4 @@
-"""Batches: many rows in a few statements, from one JSON text. What each database says for it stands in its own module.
-
-A batch of one goes without JSON, as parameters of its own: that is what a lone flow's every step is.
-"""
+"""Batches: many rows in a few statements. What each database says for it stands in a module of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +9,10 @@ from sqlalchemy import Connection
 from ebbs_and_flows.checkpoints import Checkpoint, NextAttempt
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowStatus
 from ebbs_and_flows.persistence.contexts import delta_to_row
-from ebbs_and_flows.persistence.rows import BatchStatements, Moved, Row
+from ebbs_and_flows.persistence.rows import BatchStatements, Moved, Row, Rows
+
+MAX_ROWS = 500
+"""How many rows go into one statement at most: SQLite takes 32,766 parameters (https://sqlite.org/limits.html)."""
 
 MAX_TEXT = 4_000_000
 """How many characters of deltas and tracebacks go into one statement at most; one row may have more by itself."""
@@ -23,15 +23,15 @@ class CheckpointBatch:
 
     def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
         self.checkpoints = checkpoints
-        self.chunks: list[list[Row]] = []
+        self.chunks: list[Rows] = []
         room = 0
         for checkpoint in checkpoints:
             row = _to_row(checkpoint)
             size = len(row["entries"] or "") + len(row["output"] or "")
-            if not self.chunks or size > room:
-                self.chunks.append([])
+            if not self.chunks or size > room or len(self.chunks[-1]) == MAX_ROWS:
+                self.chunks.append(Rows())
                 room = MAX_TEXT
-            self.chunks[-1].append(row)
+            self.chunks[-1].rows.append(row)
             room -= size
 
     @property
@@ -70,9 +70,12 @@ class Batches:
             attempts: of each execution its id, and the task's name and the number of the attempt that begins; no name
                 where none does.
         """
-        rows = [{"execution_id": id_, "name": name, "attempt": attempt} for id_, name, attempt in attempts]
-        if rows:
-            self._statements.begin(self._connection, rows)
+        for first in range(0, len(attempts), MAX_ROWS):
+            rows = [
+                {"execution_id": execution_id, "name": name, "attempt": attempt}
+                for execution_id, name, attempt in attempts[first : first + MAX_ROWS]
+            ]
+            self._statements.begin(self._connection, Rows(rows))
 
 
 def _to_row(checkpoint: Checkpoint) -> Row:

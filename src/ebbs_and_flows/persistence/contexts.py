@@ -48,18 +48,21 @@ class Contexts:
         self._connection = connection
         self._statements = statements
 
-    def progress(self, executions: Sequence[FlowExecution]) -> dict[int, Progress]:
+    def progress(self, executions: Sequence[FlowExecution], *, has_run: bool = True) -> dict[int, Progress]:
         """Fold the histories of executions that were read before, as they stood then.
 
         Rows that came later are left out, so it needs no snapshot: their step is beyond the execution's.
+
+        Args:
+            has_run: False where none of them has had an attempt yet.
         """
         if not executions:
             return {}
-        ids = {"the_ids": [execution.execution_id for execution in executions]}
+        ids = {"the_ids": json.dumps([execution.execution_id for execution in executions])}
         deltas: dict[int, list[_Delta]] = defaultdict(list)
         for row in self._connection.execute(self._statements.transition_deltas, ids):
             deltas[row.flow_execution_id].append(_Delta(row, row.flow_execution_step, row.task_index, None))
-        for done in self._connection.execute(self._statements.attempt_deltas, ids):
+        for done in self._connection.execute(self._statements.attempt_deltas, ids) if has_run else ():
             deltas[done.flow_execution_id].append(_Delta(done, done.flow_execution_step, done.task_index, done.name))
         return {execution.execution_id: _fold(execution, deltas[execution.execution_id]) for execution in executions}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from sqlalchemy import URL, Connection, Engine, Select, Table, Update, make_url
+from sqlalchemy import URL, Connection, Engine, Select, Table, TextClause, Update, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError
 from sqlalchemy.pool import QueuePool, SingletonThreadPool, StaticPool
 
@@ -42,6 +42,9 @@ class Database(Protocol):
 
     def try_lock(self, connection: Connection, name: str) -> bool:
         """Take a lock of this name until the transaction ends; False where another transaction has it."""
+
+    def select_ids(self) -> TextClause:
+        """A SELECT of the ids in the parameter `the_ids`, a JSON array."""
 
     def batches(self, schema: str | None) -> BatchStatements:
         """The statements that write many rows at once."""

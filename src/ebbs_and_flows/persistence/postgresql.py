@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, Select, Table, Update, create_engine, text, update
+from sqlalchemy import URL, Connection, Engine, Select, Table, TextClause, Update, create_engine, text, update
 from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.ext.compiler import compiles
 
@@ -31,6 +31,9 @@ class PostgreSQL:
 
     def plan_anew(self, connection: Connection) -> None:
         connection.execute(_DISCARD_PLANS)
+
+    def select_ids(self) -> TextClause:
+        return text("SELECT CAST(id AS BIGINT) FROM json_array_elements_text(CAST(:the_ids AS JSON)) AS given(id)")
 
     def batches(self, schema: str | None) -> PostgreSQLBatches:
         return PostgreSQLBatches(schema)

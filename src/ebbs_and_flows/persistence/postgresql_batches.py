@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, TextClause, text
 
-from ebbs_and_flows.persistence.rows import BEGIN_FIELDS, CHECKPOINT_FIELDS, Field, Moved, Row, to_json
+from ebbs_and_flows.persistence.rows import BEGIN_FIELDS, CHECKPOINT_FIELDS, Field, Moved, Row, Rows
 
 # All of it is one statement, so it is one transaction also where no other is open. Rows are locked before they are
 # updated, because UPDATE cannot pass over those that somebody else has locked. A WITH clause sees the tables as they
@@ -111,11 +111,14 @@ class PostgreSQLBatches:
         self._begin_one = text(_BEGIN.format(given=_one(BEGIN_FIELDS), **names))
         self._begin_many = text(_BEGIN.format(given=_many(BEGIN_FIELDS), **names))
 
-    def write_checkpoints(self, connection: Connection, rows: Sequence[Row], *, wait: bool) -> list[Moved]:
+    def prepare(self, rows: Rows) -> None:
+        _parameters(rows)
+
+    def write_checkpoints(self, connection: Connection, rows: Rows, *, wait: bool) -> list[Moved]:
         statement = (self._write_one if len(rows) == 1 else self._write_many)[wait]
         return [Moved(*row) for row in connection.execute(statement, _parameters(rows))]
 
-    def begin(self, connection: Connection, rows: Sequence[Row]) -> None:
+    def begin(self, connection: Connection, rows: Rows) -> None:
         statement: TextClause = self._begin_one if len(rows) == 1 else self._begin_many
         connection.execute(statement, _parameters(rows))
 
@@ -129,8 +132,8 @@ def _table_names(schema: str | None) -> dict[str, str]:
     }
 
 
-def _parameters(rows: Sequence[Row]) -> Row:
-    return rows[0] if len(rows) == 1 else {"given": to_json(rows)}
+def _parameters(rows: Rows) -> Row:
+    return rows.rows[0] if len(rows) == 1 else {"given": rows.text}
 
 
 def _one(fields: Sequence[Field]) -> str:

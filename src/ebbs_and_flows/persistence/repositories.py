@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -164,18 +165,18 @@ class Executions:
         """Move the end of the leases on; the epoch of each one renewed. What somebody has locked is passed over."""
         rows = self._connection.execute(
             self._statements.renew,
-            {"the_ids": sorted(execution_ids), "the_worker": worker, "new_lease_seconds": lease_seconds},
+            {"the_ids": json.dumps(sorted(execution_ids)), "the_worker": worker, "new_lease_seconds": lease_seconds},
         )
         return {row.execution_id: row.epoch for row in rows}
 
     def epochs(self, execution_ids: Collection[int]) -> dict[int, int]:
         """The epochs of those of these executions that are RUNNING. Locks nothing."""
-        rows = self._connection.execute(self._statements.holders, {"the_ids": sorted(execution_ids)})
+        rows = self._connection.execute(self._statements.holders, {"the_ids": json.dumps(sorted(execution_ids))})
         return {row.execution_id: row.epoch for row in rows}
 
     def places(self, execution_ids: Collection[int]) -> dict[int, tuple[int, int]]:
         """The epochs and steps of those of these executions that are RUNNING. Locks nothing."""
-        rows = self._connection.execute(self._statements.holders, {"the_ids": sorted(execution_ids)})
+        rows = self._connection.execute(self._statements.holders, {"the_ids": json.dumps(sorted(execution_ids))})
         return {row.execution_id: (row.epoch, row.execution_step) for row in rows}
 
     def lock_expired(self, templates: Collection[str], spared: str, limit: int) -> list[FlowExecution]:
@@ -388,7 +389,9 @@ class Attempts:
         """How the attempts have ended so far, by execution and by task name."""
         counts: dict[int, dict[str, AttemptCounts]] = defaultdict(dict)
         if execution_ids:
-            for row in self._connection.execute(self._statements.count_attempts, {"the_ids": execution_ids}):
+            for row in self._connection.execute(
+                self._statements.count_attempts, {"the_ids": json.dumps(list(execution_ids))}
+            ):
                 counts[row.flow_execution_id][row.name] = AttemptCounts(row.started, int(row.failed), int(row.lost))
         return counts
 

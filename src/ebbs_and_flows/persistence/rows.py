@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Connection
 
 Row = dict[str, Any]
+
+
+class Rows:
+    """The rows of one statement, and the forms in which they are sent, each made once."""
+
+    def __init__(self, rows: list[Row] | None = None) -> None:
+        self.rows: list[Row] = rows if rows is not None else []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def text(self) -> str:
+        """A JSON array of objects."""
+        return _JSON.encode(self.rows)
+
+    @cached_property
+    def values(self) -> tuple[Any, ...]:
+        """All values of the first row, then all of the second, and so on."""
+        return tuple(chain.from_iterable([row.values() for row in self.rows]))
+
+
+_JSON = json.JSONEncoder(check_circular=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -58,7 +82,10 @@ class Moved(NamedTuple):
 class BatchStatements(Protocol):
     """The statements of one schema of one kind of database."""
 
-    def write_checkpoints(self, connection: Connection, rows: Sequence[Row], *, wait: bool) -> list[Moved]:
+    def prepare(self, rows: Rows) -> None:
+        """Make now the form in which these rows will be sent."""
+
+    def write_checkpoints(self, connection: Connection, rows: Rows, *, wait: bool) -> list[Moved]:
         """Write checkpoints, each one if its fence holds.
 
         Args:
@@ -66,17 +93,9 @@ class BatchStatements(Protocol):
             wait: whether to wait for what somebody else has locked; else that is left out.
         """
 
-    def begin(self, connection: Connection, rows: Sequence[Row]) -> None:
+    def begin(self, connection: Connection, rows: Rows) -> None:
         """Write the transition of executions that were claimed in this transaction, and the attempts that follow.
 
         Args:
             rows: with `BEGIN_FIELDS`; without a name, no attempt follows.
         """
-
-
-def to_json(rows: Sequence[Row]) -> str:
-    """The text of a batch of many."""
-    return _JSON.encode(rows)
-
-
-_JSON = json.JSONEncoder(check_circular=False, separators=(",", ":"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, Select, Table, Update, create_engine, event, update
+from sqlalchemy import URL, Connection, Engine, Select, Table, TextClause, Update, create_engine, event, text, update
 from sqlalchemy.dialects.sqlite import Insert, insert
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import QueuePool
@@ -34,6 +34,9 @@ class SQLite:
 
     def plan_anew(self, connection: Connection) -> None:
         """Plans are made by rules here, and do not depend on sizes."""
+
+    def select_ids(self) -> TextClause:
+        return text("SELECT value FROM json_each(:the_ids)")
 
     def batches(self, schema: str | None) -> SQLiteBatches:
         return SQLiteBatches()
@@ -83,7 +86,11 @@ def create_sqlite_engine(url: URL) -> Engine:
         raise DatabaseUrlError(
             f"this Python has SQLite {found}, at least {'.'.join(map(str, MINIMUM_VERSION))} is needed"
         )
-    options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}, "hide_parameters": True}
+    options: dict[str, Any] = {
+        # A batch of each size is another statement.
+        "connect_args": {"timeout": BUSY_TIMEOUT_SECONDS, "cached_statements": 512},
+        "hide_parameters": True,
+    }
     if is_in_memory(url):
         # One connection is the database: it is lent to one thread at a time, and never closed.
         options["connect_args"]["check_same_thread"] = False

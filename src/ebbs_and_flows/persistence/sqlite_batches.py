@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from ebbs_and_flows.persistence.rows import BEGIN_FIELDS, CHECKPOINT_FIELDS, Field, Moved, Row, to_json
+from ebbs_and_flows.persistence.rows import BEGIN_FIELDS, CHECKPOINT_FIELDS, Field, Moved, Rows
 
 _NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'"
 
@@ -95,15 +95,22 @@ WHERE execution.execution_id = given.execution_id AND given.name IS NOT NULL
 
 
 class _Statement:
-    """One statement, for a batch of one and for a batch of many."""
+    """One statement, with as many rows of parameters as are given."""
 
     def __init__(self, template: str, fields: Sequence[Field]) -> None:
-        self._one = template.format(given=_one(fields))
-        self._many = template.format(given=_many(fields))
+        self._text = template.format(given="SELECT * FROM given")
+        self._names = ", ".join(field.name for field in fields)
+        self._row = f"({', '.join('?' * len(fields))})"
+        self._texts: dict[int, str] = {}
 
-    def run(self, connection: Connection, parameters: tuple[Any, ...]) -> Any:
+    def run(self, connection: Connection, rows: Rows) -> Any:
+        count = len(rows)
+        text = self._texts.get(count)
+        if text is None:
+            given = ", ".join([self._row] * count)
+            text = self._texts[count] = f"WITH given ({self._names}) AS (VALUES {given}) {self._text}"
         # Straight to the driver: nothing here differs between SQLite's drivers, and a step takes several of them.
-        return connection.exec_driver_sql(self._one if len(parameters) > 1 else self._many, parameters)
+        return connection.exec_driver_sql(text, rows.values)
 
 
 class SQLiteBatches:
@@ -117,42 +124,29 @@ class SQLiteBatches:
         self._claim = _Statement(_CLAIM, BEGIN_FIELDS)
         self._begin_first = _Statement(_BEGIN_FIRST, BEGIN_FIELDS)
 
-    def write_checkpoints(self, connection: Connection, rows: Sequence[Row], *, wait: bool) -> list[Moved]:
-        parameters = _parameters(rows)
+    def prepare(self, rows: Rows) -> None:
+        rows.values  # noqa: B018  # it is kept
+
+    def write_checkpoints(self, connection: Connection, rows: Rows, *, wait: bool) -> list[Moved]:
         moved = [
             Moved(execution_id, _time(updated_at), _time(run_at))
-            for execution_id, updated_at, run_at in self._move.run(connection, parameters)
+            for execution_id, updated_at, run_at in self._move.run(connection, rows)
         ]
         if len(moved) < len(rows):
             ids = {each.execution_id for each in moved}
-            rows = [row for row in rows if row["execution_id"] in ids]
-            if not rows:
+            rows = Rows([row for row in rows.rows if row["execution_id"] in ids])
+            if not rows.rows:
                 return []
-            parameters = _parameters(rows)
-        self._end.run(connection, parameters)
-        if any(row["name"] is not None for row in rows):
-            self._begin_next.run(connection, parameters)
-        if any(row["status"] is not None for row in rows):
-            self._rest.run(connection, parameters)
+        self._end.run(connection, rows)
+        if any(row["name"] is not None for row in rows.rows):
+            self._begin_next.run(connection, rows)
+        if any(row["status"] is not None for row in rows.rows):
+            self._rest.run(connection, rows)
         return moved
 
-    def begin(self, connection: Connection, rows: Sequence[Row]) -> None:
-        parameters = _parameters(rows)
-        self._claim.run(connection, parameters)
-        self._begin_first.run(connection, parameters)
-
-
-def _parameters(rows: Sequence[Row]) -> tuple[Any, ...]:
-    return tuple(rows[0].values()) if len(rows) == 1 else (to_json(rows),)
-
-
-def _one(fields: Sequence[Field]) -> str:
-    return "SELECT " + ", ".join(f"?{number} AS {field.name}" for number, field in enumerate(fields, 1))
-
-
-def _many(fields: Sequence[Field]) -> str:
-    columns = ", ".join(f"json_extract(value, '$.{field.name}') AS {field.name}" for field in fields)
-    return f"SELECT {columns} FROM json_each(?1)"
+    def begin(self, connection: Connection, rows: Rows) -> None:
+        self._claim.run(connection, rows)
+        self._begin_first.run(connection, rows)
 
 
 def _time(stored: str) -> datetime:

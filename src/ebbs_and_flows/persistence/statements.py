@@ -36,6 +36,8 @@ class Statements:
             & (executions.c.execution_step == bindparam("the_step"))
         )
         lease_end = seconds_parameter("new_lease_seconds")
+        # One text, however many there are: a parameter for each would be another statement for each number of them.
+        the_ids = database.select_ids()
 
         self.insert_execution = (
             database.insert(executions)
@@ -101,7 +103,7 @@ class Statements:
         )
 
         is_running = executions.c.status == _literal(FlowStatus.RUNNING)  # a literal, as the index has it
-        is_one_of = executions.c.execution_id.in_(bindparam("the_ids", expanding=True))
+        is_one_of = executions.c.execution_id.in_(the_ids)
         self.renew = (
             database.claim(
                 executions,
@@ -220,7 +222,7 @@ class Statements:
                 ).label("failed"),
                 func.sum(case((attempts.c.failure == Failure.LOST.value, 1), else_=0)).label("lost"),
             )
-            .where(attempts.c.flow_execution_id.in_(bindparam("the_ids", expanding=True)))
+            .where(attempts.c.flow_execution_id.in_(the_ids))
             .group_by(attempts.c.flow_execution_id, attempts.c.name)
         )
         self.attempt_deltas = select(
@@ -232,7 +234,7 @@ class Statements:
             attempts.c.entry_types,
             attempts.c.dropped,
         ).where(
-            attempts.c.flow_execution_id.in_(bindparam("the_ids", expanding=True)),
+            attempts.c.flow_execution_id.in_(the_ids),
             attempts.c.status == TaskStatus.SUCCEEDED.value,
         )
         self.transition_deltas = select(
@@ -243,7 +245,7 @@ class Statements:
             transitions.c.entry_types,
             transitions.c.dropped,
         ).where(
-            transitions.c.flow_execution_id.in_(bindparam("the_ids", expanding=True)),
+            transitions.c.flow_execution_id.in_(the_ids),
             transitions.c.entries.is_not(None),
         )
 
