@@ -137,7 +137,7 @@ class Recorded(NamedTuple):
     """What followed."""
     updated_at: datetime | None = None
     run_at: datetime | None = None
-    """The times of the execution's row, where they were asked for."""
+    """The times of the execution's row, where it has come to rest."""
 
 
 def with_context(execution: FlowExecution, context: ExecutionContext) -> FlowExecution:

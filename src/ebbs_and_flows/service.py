@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from types import TracebackType
@@ -33,6 +34,7 @@ from ebbs_and_flows.arguments import (
 from ebbs_and_flows.checkpoints import NO_CHANGE, NO_COUNTS, AttemptEnd, Checkpoint, Claim, OpenAttempt, Recorded
 from ebbs_and_flows.context import ContextDelta, ExecutionContext
 from ebbs_and_flows.errors import (
+    EbbsError,
     InvalidArgumentError,
     LeaseLostError,
     SchemaError,
@@ -196,6 +198,59 @@ class FlowService:
                 self._announce(work)
             work.commit()
         return execution_id
+
+    def schedule_many(
+        self,
+        template_name: str,
+        contexts: Iterable[ExecutionContext | Mapping[str, Any]],
+        *,
+        session: Session | Connection | None = None,
+        run_at: datetime | None = None,
+        delay: timedelta | float | None = None,
+        priority: int = 0,
+        queue: str = "default",
+    ) -> list[int]:
+        """Record an execution as SCHEDULED for each context; `FlowRunner.schedule_flows` checks the template as well.
+
+        Commits, all of them or none, unless `session` is given: then they join that transaction.
+
+        Args:
+            contexts: what each begins with; all of them are encoded before anything is written.
+            session, run_at, delay, priority, queue: as for `schedule`, the same for all.
+
+        Returns:
+            Their ids, in the order of the contexts.
+
+        Raises:
+            InvalidArgumentError, InvalidNameError: an argument that cannot be used. Nothing is written.
+            UnserializableValueError: a context holds a value that cannot be stored. Nothing is written.
+        """
+        new = NewExecution(
+            template_name=valid_name("template", template_name),
+            status=FlowStatus.SCHEDULED,
+            execution_step=2,
+            priority=valid_priority(priority),
+            queue=valid_name("queue", queue),
+            run_at=valid_run_at(run_at, delay),
+            delay_seconds=valid_delay(delay),
+        )
+        if isinstance(contexts, (Mapping, str)) or not isinstance(contexts, Iterable):
+            raise InvalidArgumentError("contexts", contexts, "an iterable of contexts")
+        deltas: list[ContextDelta] = []
+        try:
+            deltas.extend(initial_delta(context) for context in contexts)
+        except EbbsError as error:
+            if sys.version_info >= (3, 11):
+                error.add_note(f"It is about contexts[{len(deltas)}].")
+            raise
+        if not deltas:
+            return []
+        with self._work(joined=connection_of(session)) as work:
+            ids = work.batches.add_scheduled(new, deltas)
+            if run_at is None and not new.delay_seconds:
+                self._announce(work)
+            work.commit()
+        return ids
 
     # --- read ---------------------------------------------------------------------------------------------------------
 

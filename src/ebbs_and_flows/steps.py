@@ -39,6 +39,7 @@ from ebbs_and_flows.persistence.batches import CheckpointBatch
 from ebbs_and_flows.persistence.contexts import NO_CONTEXT, Progress
 from ebbs_and_flows.persistence.repositories import NewExecution
 from ebbs_and_flows.persistence.rows import Moved
+from ebbs_and_flows.persistence.tables import to_utc
 from ebbs_and_flows.persistence.unit_of_work import UnitOfWork
 from ebbs_and_flows.templates import FlowTemplate
 from ebbs_and_flows.verdicts import judge_lost
@@ -270,10 +271,10 @@ def record(work: UnitOfWork, batch: CheckpointBatch, *, wait: bool) -> dict[int,
 
 def _recorded(checkpoint: Checkpoint, moved: Moved) -> Recorded:
     then = checkpoint.then
-    attempt = None
     if isinstance(then, NextAttempt):
         attempt = OpenAttempt(checkpoint.step + 1, then.task_index, then.task_name, then.attempt, checkpoint.worker)
-    return Recorded(attempt, then, moved.updated_at, moved.run_at)
+        return Recorded(attempt, then)
+    return Recorded(None, then, to_utc(moved.updated_at), to_utc(moved.run_at))
 
 
 def index_reached(work: UnitOfWork, execution: FlowExecution, task_name: str) -> int:

@@ -126,9 +126,7 @@ def claim_after(claim: Claim, verdict: Verdict, recorded: Recorded) -> Claim:
 
 
 def _rested(claim: Claim, recorded: Recorded, context: ExecutionContext) -> FlowExecution:
-    """The execution as its row is after a checkpoint that has taken it out of RUNNING; as it was, where nobody asked
-    for the row's times.
-    """
+    """The execution as its row is after a checkpoint that has taken it out of RUNNING."""
     then, attempt = recorded.then, claim.attempt
     if recorded.updated_at is None or attempt is None or isinstance(then, NextAttempt):
         return claim.execution

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from sqlalchemy import Connection
 
 from ebbs_and_flows.checkpoints import Checkpoint, NextAttempt
+from ebbs_and_flows.context import ContextDelta
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowStatus
 from ebbs_and_flows.persistence.contexts import delta_to_row
+from ebbs_and_flows.persistence.repositories import NewExecution
 from ebbs_and_flows.persistence.rows import BatchStatements, Moved, Row, Rows
 
 MAX_ROWS = 500
@@ -33,6 +35,9 @@ class CheckpointBatch:
                 room = MAX_TEXT
             self.chunks[-1].rows.append(row)
             room -= size
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
 
     @property
     def is_one_statement(self) -> bool:
@@ -62,6 +67,30 @@ class Batches:
             for each in self._statements.write_checkpoints(self._connection, rows, wait=wait):
                 moved[each.execution_id] = each
         return moved
+
+    def add_scheduled(self, new: NewExecution, deltas: Sequence[ContextDelta]) -> list[int]:
+        """Insert an execution for each context, all alike else; their ids, in the order of the contexts."""
+        ids: list[int] = []
+        for first in range(0, len(deltas), MAX_ROWS):
+            rows = [delta_to_row(each) for each in deltas[first : first + MAX_ROWS]]
+            added = self._statements.add_scheduled(
+                self._connection,
+                len(rows),
+                {
+                    "template_name": new.template_name,
+                    "priority": new.priority,
+                    "queue": new.queue,
+                    "run_at": new.run_at,
+                    "delay_seconds": new.delay_seconds,
+                },
+            )
+            given = [
+                {"execution_id": execution_id, "entries": row["entries"], "entry_types": row["entry_types"]}
+                for execution_id, row in zip(added, rows, strict=True)
+            ]
+            self._statements.add_contexts(self._connection, Rows(given))
+            ids += added
+        return ids
 
     def begin(self, attempts: Sequence[tuple[int, str | None, int]]) -> None:
         """Write the transition of executions that were claimed in this transaction, and the attempts that follow.

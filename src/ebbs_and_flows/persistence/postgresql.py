@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
+from functools import partial
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, Select, Table, TextClause, Update, create_engine, text, update
+from sqlalchemy import (
+    URL,
+    Connection,
+    Dialect,
+    Engine,
+    Select,
+    Table,
+    TextClause,
+    Update,
+    create_engine,
+    event,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.expressions import database_now, latest, seconds_from_now, statement_now
@@ -71,6 +89,11 @@ class PostgreSQL:
         return engine.dialect.driver == "psycopg"
 
 
+UNTRIED_SECONDS = 1.0
+"""For how long after its last use a connection is taken to be alive."""
+
+_USED_AT = "ebbs_used_at"
+
 _TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(CAST(:number AS BIGINT))")
 _DISCARD_PLANS = text("DISCARD PLANS")
 _NOTIFY = text("SELECT pg_notify(CAST(:channel AS TEXT), '')")
@@ -79,14 +102,36 @@ _NOTIFY = text("SELECT pg_notify(CAST(:channel AS TEXT), '')")
 def create_postgresql_engine(url: URL) -> Engine:
     """An engine with the psycopg driver and SQLAlchemy's default pool (5 connections and 10 more at need).
 
-    A connection is tried before it is used: one that the server has dropped meanwhile is replaced, not an error.
+    A connection that was not used for some time is tried first: one that the server has dropped meanwhile is replaced,
+    not an error.
     """
     try:
-        return create_engine(url, hide_parameters=True, pool_pre_ping=True)
+        engine = create_engine(url, hide_parameters=True)
     except ModuleNotFoundError as error:
         raise DatabaseUrlError(
             f"the PostgreSQL driver {error.name!r} is not installed: pip install 'ebbs-and-flows[postgres]'"
         ) from error
+    event.listen(engine, "checkin", _note_use)
+    event.listen(engine, "checkout", partial(_try_it, engine.dialect))
+    return engine
+
+
+def _note_use(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info[_USED_AT] = time.monotonic()
+
+
+def _try_it(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
+    """What `pool_pre_ping` does at every use: another round trip, and for a step, which is one, that is much."""
+    if time.monotonic() - record.info.get(_USED_AT, -math.inf) < UNTRIED_SECONDS:
+        return
+    try:
+        is_alive = dialect.do_ping(connection)
+    except dialect.loaded_dbapi.Error as error:
+        if not dialect.is_disconnect(error, connection, None):
+            raise
+        is_alive = False
+    if not is_alive:
+        raise DisconnectionError  # the pool makes another one, and tries that
 
 
 @compiles(database_now, "postgresql")

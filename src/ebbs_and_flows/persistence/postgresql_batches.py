@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import Connection, TextClause, text
+from sqlalchemy import Connection, text
 
-from ebbs_and_flows.persistence.rows import BEGIN_FIELDS, CHECKPOINT_FIELDS, Field, Moved, Row, Rows
+from ebbs_and_flows.persistence.rows import BEGIN_FIELDS, CHECKPOINT_FIELDS, CONTEXT_FIELDS, Field, Moved, Row, Rows
 
 # All of it is one statement, so it is one transaction also where no other is open. Rows are locked before they are
 # updated, because UPDATE cannot pass over those that somebody else has locked. A WITH clause sees the tables as they
@@ -15,7 +16,7 @@ _WRITE_CHECKPOINTS = """
 WITH given AS MATERIALIZED (
     {given}
 ), held AS MATERIALIZED (
-    SELECT given.*
+    SELECT given.*, clock_timestamp() AS now
     FROM given JOIN {executions} AS execution ON execution.execution_id = given.execution_id
     WHERE execution.status = 'RUNNING'
         AND execution.epoch = given.epoch
@@ -26,13 +27,13 @@ WITH given AS MATERIALIZED (
         status = coalesce(held.status, 'RUNNING'),
         execution_step = execution.execution_step + 1,
         current_task_index = held.task_index,
-        updated_at = greatest(clock_timestamp(), execution.updated_at),
+        updated_at = greatest(held.now, execution.updated_at),
         lease_owner = CASE WHEN held.status IS NULL THEN execution.lease_owner END,
         lease_expires_at = CASE WHEN held.status IS NULL
-            THEN clock_timestamp() + make_interval(secs => held.lease_seconds) END,
-        run_at = coalesce(clock_timestamp() + make_interval(secs => held.wait_seconds), execution.run_at),
+            THEN held.now + make_interval(secs => held.lease_seconds) END,
+        run_at = coalesce(held.now + make_interval(secs => held.wait_seconds), execution.run_at),
         finished_at = CASE WHEN held.status IN ('SUCCEEDED', 'FAILED', 'CANCELLED')
-            THEN greatest(clock_timestamp(), execution.updated_at) END
+            THEN greatest(held.now, execution.updated_at) END
     FROM held
     WHERE execution.execution_id = held.execution_id
     RETURNING held.*, execution.updated_at, execution.run_at
@@ -63,7 +64,7 @@ WITH given AS MATERIALIZED (
     SELECT execution_id, step + 1, 'RUNNING', status, updated_at, worker, reason, task_index
     FROM moved WHERE status IS NOT NULL
 )
-SELECT {answer} FROM moved
+SELECT execution_id, updated_at, run_at FROM moved
 """
 
 # The first claim is from SCHEDULED, every later one from RESCHEDULED: there is no other way to RUNNING. A claim takes
@@ -91,60 +92,83 @@ FROM given JOIN {executions} AS execution ON execution.execution_id = given.exec
 WHERE given.name IS NOT NULL
 """
 
+_ADD_SCHEDULED = """
+INSERT INTO {executions} (
+    template_name, status, execution_step, current_task_index, epoch, priority, queue, run_at, created_at, updated_at
+)
+SELECT
+    :template_name, 'SCHEDULED', 2, 0, 0, :priority, :queue,
+    coalesce(CAST(:run_at AS TIMESTAMP WITH TIME ZONE), clock.now + make_interval(secs => :delay_seconds)),
+    clock.now, clock.now
+FROM (SELECT clock_timestamp() AS now) AS clock CROSS JOIN generate_series(1, :count)
+RETURNING execution_id
+"""
+_ADD_CONTEXTS = """
+WITH given AS MATERIALIZED (
+    {given}
+)
+INSERT INTO {transitions} (
+    flow_execution_id, flow_execution_step, from_status, to_status, at, task_index, entries, entry_types
+)
+SELECT
+    given.execution_id, 1, NULL, 'CREATED', execution.created_at, 0,
+    CAST(given.entries AS JSON), CAST(given.entry_types AS JSON)
+FROM given JOIN {executions} AS execution ON execution.execution_id = given.execution_id
+UNION ALL
+SELECT given.execution_id, 2, 'CREATED', 'SCHEDULED', execution.created_at, 0, NULL, NULL
+FROM given JOIN {executions} AS execution ON execution.execution_id = given.execution_id
+"""
+
+
+class _Statement:
+    """One statement over rows that are given as JSON. A batch of one says so, because it is planned in another way."""
+
+    def __init__(self, template: str, fields: Sequence[Field], **parts: str) -> None:
+        columns = ", ".join(f"{field.name} {field.type_name}" for field in fields)
+        given = f"SELECT * FROM json_to_recordset(CAST(:given AS JSON)) AS given({columns})"
+        self._many = text(template.format(given=given, **parts))
+        self._one = text(template.format(given=f"{given} LIMIT 1", **parts))
+        # As psycopg takes it: then a statement that was built once need not pass through SQLAlchemy's compiler.
+        self._many_pyformat = self._many.text.replace(":given", "%(given)s")
+        self._one_pyformat = self._one.text.replace(":given", "%(given)s")
+
+    def run(self, connection: Connection, rows: Rows) -> Any:
+        is_one = len(rows) == 1
+        if connection.dialect.paramstyle == "pyformat":
+            statement = self._one_pyformat if is_one else self._many_pyformat
+            return connection.exec_driver_sql(statement, {"given": rows.text})
+        return connection.execute(self._one if is_one else self._many, {"given": rows.text})
+
 
 class PostgreSQLBatches:
     """The statements for one schema."""
 
     def __init__(self, schema: str | None) -> None:
-        names = _table_names(schema)
-        one, many = _one(CHECKPOINT_FIELDS), _many(CHECKPOINT_FIELDS)
-        answer = "execution_id, updated_at, run_at"
-        write = _WRITE_CHECKPOINTS
-        self._write_one = {
-            wait: text(write.format(given=one, answer=answer, skip_locked=_skip(wait), **names))
+        prefix = f'"{schema}".' if schema else ""
+        names = {
+            "executions": f"{prefix}ebbs_flow_executions",
+            "attempts": f"{prefix}ebbs_task_executions",
+            "transitions": f"{prefix}ebbs_flow_transitions",
+        }
+        self._write = {
+            wait: _Statement(_WRITE_CHECKPOINTS, CHECKPOINT_FIELDS, skip_locked="" if wait else "SKIP LOCKED", **names)
             for wait in (True, False)
         }
-        self._write_many = {
-            wait: text(write.format(given=many, answer="execution_id", skip_locked=_skip(wait), **names))
-            for wait in (True, False)
-        }
-        self._begin_one = text(_BEGIN.format(given=_one(BEGIN_FIELDS), **names))
-        self._begin_many = text(_BEGIN.format(given=_many(BEGIN_FIELDS), **names))
+        self._add_scheduled = text(_ADD_SCHEDULED.format(**names))
+        self._add_contexts = _Statement(_ADD_CONTEXTS, CONTEXT_FIELDS, **names)
+        self._begin = _Statement(_BEGIN, BEGIN_FIELDS, **names)
 
     def prepare(self, rows: Rows) -> None:
-        _parameters(rows)
+        rows.text  # noqa: B018  # it is kept
 
     def write_checkpoints(self, connection: Connection, rows: Rows, *, wait: bool) -> list[Moved]:
-        statement = (self._write_one if len(rows) == 1 else self._write_many)[wait]
-        return [Moved(*row) for row in connection.execute(statement, _parameters(rows))]
+        return [Moved(row[0], row[1], row[2]) for row in self._write[wait].run(connection, rows)]
+
+    def add_scheduled(self, connection: Connection, count: int, new: Row) -> list[int]:
+        return sorted(connection.scalars(self._add_scheduled, {**new, "count": count}))
+
+    def add_contexts(self, connection: Connection, rows: Rows) -> None:
+        self._add_contexts.run(connection, rows)
 
     def begin(self, connection: Connection, rows: Rows) -> None:
-        statement: TextClause = self._begin_one if len(rows) == 1 else self._begin_many
-        connection.execute(statement, _parameters(rows))
-
-
-def _table_names(schema: str | None) -> dict[str, str]:
-    prefix = f'"{schema}".' if schema else ""
-    return {
-        "executions": f"{prefix}ebbs_flow_executions",
-        "attempts": f"{prefix}ebbs_task_executions",
-        "transitions": f"{prefix}ebbs_flow_transitions",
-    }
-
-
-def _parameters(rows: Rows) -> Row:
-    return rows.rows[0] if len(rows) == 1 else {"given": rows.text}
-
-
-def _one(fields: Sequence[Field]) -> str:
-    columns = ", ".join(f"CAST(:{field.name} AS {field.type_name}) AS {field.name}" for field in fields)
-    return f"SELECT {columns}"
-
-
-def _many(fields: Sequence[Field]) -> str:
-    columns = ", ".join(f"{field.name} {field.type_name}" for field in fields)
-    return f"SELECT * FROM json_to_recordset(CAST(:given AS JSON)) AS given({columns})"
-
-
-def _skip(wait: bool) -> str:
-    return "" if wait else "SKIP LOCKED"
+        self._begin.run(connection, rows)

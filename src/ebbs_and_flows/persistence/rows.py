@@ -68,15 +68,17 @@ CHECKPOINT_FIELDS = (
     Field("worker", "TEXT"),
 )
 
+CONTEXT_FIELDS = (Field("execution_id", "BIGINT"), Field("entries", "TEXT"), Field("entry_types", "TEXT"))
+
 BEGIN_FIELDS = (Field("execution_id", "BIGINT"), Field("name", "TEXT"), Field("attempt", "INTEGER"))
 
 
 class Moved(NamedTuple):
-    """An execution that a checkpoint has moved on, with its new times; of a batch of many only which one it is."""
+    """An execution that a checkpoint has moved on, with its new times as the driver gives them (`to_utc`)."""
 
     execution_id: int
-    updated_at: datetime | None = None
-    run_at: datetime | None = None
+    updated_at: datetime | str
+    run_at: datetime | str
 
 
 class BatchStatements(Protocol):
@@ -91,6 +93,20 @@ class BatchStatements(Protocol):
         Args:
             rows: with `CHECKPOINT_FIELDS`.
             wait: whether to wait for what somebody else has locked; else that is left out.
+        """
+
+    def add_scheduled(self, connection: Connection, count: int, new: Row) -> list[int]:
+        """Insert executions that are SCHEDULED and alike; their ids, in ascending order.
+
+        Args:
+            new: their `template_name`, `priority`, `queue`, `run_at` and `delay_seconds`.
+        """
+
+    def add_contexts(self, connection: Connection, rows: Rows) -> None:
+        """Write the first transitions of executions that were inserted in this transaction, with what they begin with.
+
+        Args:
+            rows: with `CONTEXT_FIELDS`.
         """
 
     def begin(self, connection: Connection, rows: Rows) -> None:

@@ -3,36 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, bindparam, text
 
-from ebbs_and_flows.persistence.rows import BEGIN_FIELDS, CHECKPOINT_FIELDS, Field, Moved, Rows
+from ebbs_and_flows.persistence.rows import BEGIN_FIELDS, CHECKPOINT_FIELDS, CONTEXT_FIELDS, Field, Moved, Row, Rows
+from ebbs_and_flows.persistence.tables import UtcDateTime
 
 _NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'"
 
-# The fence, and with it the times that the statements after it take from the row.
-_MOVE = f"""
-UPDATE ebbs_flow_executions SET
-    status = coalesce(given.status, 'RUNNING'),
-    execution_step = execution_step + 1,
-    current_task_index = given.task_index,
-    updated_at = max({_NOW}, updated_at),
-    lease_owner = CASE WHEN given.status IS NULL THEN lease_owner END,
-    lease_expires_at = CASE WHEN given.status IS NULL
-        THEN strftime('%Y-%m-%d %H:%M:%f', 'now', given.lease_seconds || ' seconds') || '000' END,
-    run_at = CASE WHEN given.wait_seconds IS NULL THEN run_at
-        ELSE strftime('%Y-%m-%d %H:%M:%f', 'now', given.wait_seconds || ' seconds') || '000' END,
-    finished_at = CASE WHEN given.status IN ('SUCCEEDED', 'FAILED', 'CANCELLED') THEN max({_NOW}, updated_at) END
-FROM ({{given}}) AS given
+# The fence, and with it the times that the statements after it take from the row. Those that go on and those that leave
+# RUNNING in a statement each: SQLite writes every index anew whose columns are set, also to what they were.
+_HELD = """
+FROM given
 WHERE ebbs_flow_executions.execution_id = given.execution_id
     AND ebbs_flow_executions.status = 'RUNNING'
     AND ebbs_flow_executions.epoch = given.epoch
     AND ebbs_flow_executions.execution_step = given.step
+    AND given.name IS {absent} NULL
 RETURNING execution_id, updated_at, run_at
 """
+_ADVANCE = f"""
+{{given}}
+UPDATE ebbs_flow_executions SET
+    execution_step = execution_step + 1,
+    current_task_index = given.task_index,
+    updated_at = max({_NOW}, updated_at),
+    lease_expires_at = strftime('%Y-%m-%d %H:%M:%f', 'now', given.lease_seconds || ' seconds') || '000'
+{_HELD.replace("{absent}", "NOT")}
+"""
+_LEAVE = f"""
+{{given}}
+UPDATE ebbs_flow_executions SET
+    status = given.status,
+    execution_step = execution_step + 1,
+    current_task_index = given.task_index,
+    updated_at = max({_NOW}, updated_at),
+    lease_owner = NULL,
+    lease_expires_at = NULL,
+    run_at = CASE WHEN given.wait_seconds IS NULL THEN run_at
+        ELSE strftime('%Y-%m-%d %H:%M:%f', 'now', given.wait_seconds || ' seconds') || '000' END,
+    finished_at = CASE WHEN given.status IN ('SUCCEEDED', 'FAILED', 'CANCELLED') THEN max({_NOW}, updated_at) END
+{_HELD.replace("{absent}", "")}
+"""
 _END = """
+{given}
 UPDATE ebbs_task_executions SET
     status = given.end_status,
     failure = given.failure,
@@ -44,7 +59,7 @@ UPDATE ebbs_task_executions SET
     finished_at = (
         SELECT updated_at FROM ebbs_flow_executions AS execution WHERE execution.execution_id = given.execution_id
     )
-FROM ({given}) AS given
+FROM given
 WHERE flow_execution_id = given.execution_id AND flow_execution_step = given.step
     AND ebbs_task_executions.status = 'RUNNING'
 """
@@ -52,20 +67,22 @@ _BEGIN_NEXT = """
 INSERT INTO ebbs_task_executions (
     flow_execution_id, flow_execution_step, task_index, name, attempt, epoch, status, started_at, worker
 )
+{given}
 SELECT
     given.execution_id, given.step + 1, given.task_index, given.name, given.attempt, given.epoch, 'RUNNING',
     execution.updated_at, given.worker
-FROM ({given}) AS given CROSS JOIN ebbs_flow_executions AS execution
+FROM given CROSS JOIN ebbs_flow_executions AS execution
 WHERE execution.execution_id = given.execution_id AND given.name IS NOT NULL
 """
 _REST = """
 INSERT INTO ebbs_flow_transitions (
     flow_execution_id, flow_execution_step, from_status, to_status, at, worker, reason, task_index
 )
+{given}
 SELECT
     given.execution_id, given.step + 1, 'RUNNING', given.status, execution.updated_at, given.worker, given.reason,
     given.task_index
-FROM ({given}) AS given CROSS JOIN ebbs_flow_executions AS execution
+FROM given CROSS JOIN ebbs_flow_executions AS execution
 WHERE execution.execution_id = given.execution_id AND given.status IS NOT NULL
 """
 
@@ -75,22 +92,50 @@ _CLAIM = """
 INSERT INTO ebbs_flow_transitions (
     flow_execution_id, flow_execution_step, from_status, to_status, at, worker, task_index
 )
+{given}
 SELECT
     execution.execution_id, execution.execution_step - 1,
     CASE WHEN execution.epoch = 1 THEN 'SCHEDULED' ELSE 'RESCHEDULED' END, 'RUNNING', execution.updated_at,
     execution.lease_owner, execution.current_task_index
-FROM ({given}) AS given CROSS JOIN ebbs_flow_executions AS execution
+FROM given CROSS JOIN ebbs_flow_executions AS execution
 WHERE execution.execution_id = given.execution_id
 """
 _BEGIN_FIRST = """
 INSERT INTO ebbs_task_executions (
     flow_execution_id, flow_execution_step, task_index, name, attempt, epoch, status, started_at, worker
 )
+{given}
 SELECT
     execution.execution_id, execution.execution_step, execution.current_task_index, given.name, given.attempt,
     execution.epoch, 'RUNNING', execution.updated_at, execution.lease_owner
-FROM ({given}) AS given CROSS JOIN ebbs_flow_executions AS execution
+FROM given CROSS JOIN ebbs_flow_executions AS execution
 WHERE execution.execution_id = given.execution_id AND given.name IS NOT NULL
+"""
+
+# INSERT comes before WITH: by its first word sqlite3 tells whether to begin a transaction, which a caller's may need.
+_ADD_SCHEDULED = f"""
+INSERT INTO ebbs_flow_executions (
+    template_name, status, execution_step, current_task_index, epoch, priority, queue, run_at, created_at, updated_at
+)
+WITH RECURSIVE numbers (number) AS (VALUES (1) UNION ALL SELECT number + 1 FROM numbers WHERE number < :count)
+SELECT
+    :template_name, 'SCHEDULED', 2, 0, 0, :priority, :queue,
+    coalesce(:run_at, strftime('%Y-%m-%d %H:%M:%f', 'now', :delay_seconds || ' seconds') || '000'), {_NOW}, {_NOW}
+FROM numbers
+RETURNING execution_id
+"""
+_ADD_CONTEXTS = """
+INSERT INTO ebbs_flow_transitions (
+    flow_execution_id, flow_execution_step, from_status, to_status, at, task_index, entries, entry_types
+)
+{given}
+SELECT given.execution_id, 1, NULL, 'CREATED', execution.created_at, 0, given.entries, given.entry_types
+FROM given CROSS JOIN ebbs_flow_executions AS execution
+WHERE execution.execution_id = given.execution_id
+UNION ALL
+SELECT given.execution_id, 2, 'CREATED', 'SCHEDULED', execution.created_at, 0, NULL, NULL
+FROM given CROSS JOIN ebbs_flow_executions AS execution
+WHERE execution.execution_id = given.execution_id
 """
 
 
@@ -98,7 +143,7 @@ class _Statement:
     """One statement, with as many rows of parameters as are given."""
 
     def __init__(self, template: str, fields: Sequence[Field]) -> None:
-        self._text = template.format(given="SELECT * FROM given")
+        self._template = template
         self._names = ", ".join(field.name for field in fields)
         self._row = f"({', '.join('?' * len(fields))})"
         self._texts: dict[int, str] = {}
@@ -107,8 +152,8 @@ class _Statement:
         count = len(rows)
         text = self._texts.get(count)
         if text is None:
-            given = ", ".join([self._row] * count)
-            text = self._texts[count] = f"WITH given ({self._names}) AS (VALUES {given}) {self._text}"
+            given = f"WITH given ({self._names}) AS (VALUES {', '.join([self._row] * count)})"
+            text = self._texts[count] = self._template.format(given=given)
         # Straight to the driver: nothing here differs between SQLite's drivers, and a step takes several of them.
         return connection.exec_driver_sql(text, rows.values)
 
@@ -117,10 +162,15 @@ class SQLiteBatches:
     """The statements."""
 
     def __init__(self) -> None:
-        self._move = _Statement(_MOVE, CHECKPOINT_FIELDS)
+        self._advance = _Statement(_ADVANCE, CHECKPOINT_FIELDS)
+        self._leave = _Statement(_LEAVE, CHECKPOINT_FIELDS)
         self._end = _Statement(_END, CHECKPOINT_FIELDS)
         self._begin_next = _Statement(_BEGIN_NEXT, CHECKPOINT_FIELDS)
         self._rest = _Statement(_REST, CHECKPOINT_FIELDS)
+        self._add_scheduled = text(_ADD_SCHEDULED.replace("%H:%M:%f", r"%H\:%M\:%f")).bindparams(
+            bindparam("run_at", type_=UtcDateTime())
+        )
+        self._add_contexts = _Statement(_ADD_CONTEXTS, CONTEXT_FIELDS)
         self._claim = _Statement(_CLAIM, BEGIN_FIELDS)
         self._begin_first = _Statement(_BEGIN_FIRST, BEGIN_FIELDS)
 
@@ -128,26 +178,31 @@ class SQLiteBatches:
         rows.values  # noqa: B018  # it is kept
 
     def write_checkpoints(self, connection: Connection, rows: Rows, *, wait: bool) -> list[Moved]:
-        moved = [
-            Moved(execution_id, _time(updated_at), _time(run_at))
-            for execution_id, updated_at, run_at in self._move.run(connection, rows)
-        ]
+        goes_on = any(row["name"] is not None for row in rows.rows)
+        rests = any(row["name"] is None for row in rows.rows)
+        moved = self._move(connection, self._advance, rows) if goes_on else []
+        moved += self._move(connection, self._leave, rows) if rests else []
         if len(moved) < len(rows):
             ids = {each.execution_id for each in moved}
             rows = Rows([row for row in rows.rows if row["execution_id"] in ids])
             if not rows.rows:
                 return []
         self._end.run(connection, rows)
-        if any(row["name"] is not None for row in rows.rows):
+        if goes_on:
             self._begin_next.run(connection, rows)
-        if any(row["status"] is not None for row in rows.rows):
+        if rests:
             self._rest.run(connection, rows)
         return moved
+
+    def _move(self, connection: Connection, statement: _Statement, rows: Rows) -> list[Moved]:
+        return [Moved(*row) for row in statement.run(connection, rows)]
+
+    def add_scheduled(self, connection: Connection, count: int, new: Row) -> list[int]:
+        return sorted(connection.scalars(self._add_scheduled, {**new, "count": count}))
+
+    def add_contexts(self, connection: Connection, rows: Rows) -> None:
+        self._add_contexts.run(connection, rows)
 
     def begin(self, connection: Connection, rows: Rows) -> None:
         self._claim.run(connection, rows)
         self._begin_first.run(connection, rows)
-
-
-def _time(stored: str) -> datetime:
-    return datetime.fromisoformat(stored).replace(tzinfo=timezone.utc)

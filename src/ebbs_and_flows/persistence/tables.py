@@ -60,11 +60,14 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f").rjust(26, "0")
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        if dialect.name == "sqlite":
-            return datetime.fromisoformat(value).replace(tzinfo=timezone.utc)
-        return value.astimezone(timezone.utc)  # type: ignore[no-any-return]  # the driver's datetime
+        return None if value is None else to_utc(value)
+
+
+def to_utc(value: datetime | str) -> datetime:
+    """A time as the driver gives it, as an aware UTC datetime."""
+    if isinstance(value, str):
+        return datetime.fromisoformat(value).replace(tzinfo=timezone.utc)
+    return value.astimezone(timezone.utc)
 
 
 class _Json(UserDefinedType[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from types import TracebackType
 
 from sqlalchemy import Connection, Engine
@@ -54,12 +55,32 @@ class UnitOfWork:
             self._transaction = self.connection.get_transaction()
         else:
             self.connection = self._joined
-        self.executions = Executions(self.connection, self._statements)
-        self.attempts = Attempts(self.connection, self._statements)
-        self.transitions = Transitions(self.connection, self._statements)
-        self.contexts = Contexts(self.connection, self._statements)
-        self.batches = Batches(self.connection, self._statements.batches)
         return self
+
+    @cached_property
+    def executions(self) -> Executions:
+        """Reads and writes `ebbs_flow_executions`."""
+        return Executions(self.connection, self._statements)
+
+    @cached_property
+    def attempts(self) -> Attempts:
+        """Reads and writes `ebbs_task_executions`."""
+        return Attempts(self.connection, self._statements)
+
+    @cached_property
+    def transitions(self) -> Transitions:
+        """Reads and writes `ebbs_flow_transitions`."""
+        return Transitions(self.connection, self._statements)
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        """Reads contexts."""
+        return Contexts(self.connection, self._statements)
+
+    @cached_property
+    def batches(self) -> Batches:
+        """Writes many rows at once."""
+        return Batches(self.connection, self._statements.batches)
 
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
