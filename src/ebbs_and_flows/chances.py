@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
-from dataclasses import replace
 
 from ebbs_and_flows.checkpoints import Verdict
 from ebbs_and_flows.lanes import Run
@@ -39,7 +38,7 @@ class LastChances:
             self._waiting_since = now
         self._waiting.append(run.execution_id)
         why = f"one more lost worker would park task {run.name!r}, so it is to be held without any other"
-        return Verdict(replace(STOPPED.end, output=f"Not started: {why}."), why, self._patience_seconds)
+        return Verdict(STOPPED.end._replace(output=f"Not started: {why}."), why, self._patience_seconds)
 
     def keep_others_out(self, runs: Collection[Run], now: float) -> bool:
         """Whether nothing is to be claimed now."""

@@ -61,8 +61,7 @@ class Claim:
         return replace(self, execution=execution, attempt=None)
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptEnd:
+class AttemptEnd(NamedTuple):
     """How one attempt ended."""
 
     status: TaskStatus
@@ -72,8 +71,7 @@ class AttemptEnd:
     output: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """How an attempt ended and what its task's policies say to that: plain data, which may come from another process.
 
     Attributes:

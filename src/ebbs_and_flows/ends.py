@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
@@ -26,8 +27,7 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.02, 1.0
 """The wait before what somebody had locked is written again: it doubles from the first to the longest."""
 
 
-@dataclass(frozen=True)
-class End:
+class End(NamedTuple):
     """One attempt whose end is known, and not in the database yet."""
 
     run: Run

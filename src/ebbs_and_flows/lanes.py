@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 
 from ebbs_and_flows.checkpoints import Claim, Verdict
@@ -116,14 +115,23 @@ class Lane(ABC):
         """Take a run, to be started as soon as there is a place for it."""
         if run.alone:
             self._waiting_alone.append((time.monotonic() + self._patience_seconds, run))
-        else:
+        elif self._waiting or self._waiting_alone or self._alone is not None or len(self.active) >= self.slots:
             self._waiting.append(run)
+        else:
+            self._begin(run)
+            return
         self.start_what_can()
 
     def ended(self, run: Run) -> None:
         """A body has ended, so that its place is free."""
         self._leave(run)
-        self.start_what_can()
+        if self._has_waiting:
+            self.start_what_can()
+
+    @property
+    def _has_waiting(self) -> bool:
+        """Whether a run waits for a place."""
+        return bool(self._waiting or self._waiting_alone)
 
     def _leave(self, run: Run) -> None:
         self.active.discard(run)
@@ -221,7 +229,7 @@ class LocalLane(Lane):
         self._is_transactions_turn = True
         self._goes_on = goes_on
         self._ended = ended
-        self._threads = BodyThreads()
+        self._threads = BodyThreads(self._run_to_its_end)
         self._loop = BodyLoop()
 
     def add(self, run: Run) -> None:
@@ -252,6 +260,10 @@ class LocalLane(Lane):
         return super()._next()
 
     @property
+    def _has_waiting(self) -> bool:
+        return bool(self._waiting_transactions) or super()._has_waiting
+
+    @property
     def _active_transactions(self) -> int:
         return sum(1 for run in self.active if run.task.is_transactional)
 
@@ -267,10 +279,13 @@ class LocalLane(Lane):
             self._loop.start(run, lambda verdict: self._ended(run, verdict))
         else:
             try:
-                self._threads.start(lambda: self._ended(run, contextvars.Context().run(self._body, run)))
+                self._threads.start(run)
             except RuntimeError as error:  # no more threads for this process; somebody else may have some
                 log_claim(run.claim, "handed back: %s", error, level=logging.ERROR)
-                self._ended(run, replace(STOPPED, retry_seconds=NO_THREAD_SECONDS))
+                self._ended(run, STOPPED._replace(retry_seconds=NO_THREAD_SECONDS))
+
+    def _run_to_its_end(self, run: Run) -> None:
+        self._ended(run, contextvars.Context().run(self._body, run))
 
     def _body(self, run: Run) -> Verdict | Written:
         if not run.task.is_transactional:
@@ -329,10 +344,14 @@ class BodyThreads:
     One thread at a time is on its way to the jobs that wait; as it takes one and leaves others, it calls the next. So
     where jobs take their time, each soon has a thread of its own; and where they do not, one thread has done them all
     before the next one arrives, and hardly any time goes into changing threads.
+
+    Args:
+        do: does a run's body, and raises nothing.
     """
 
-    def __init__(self) -> None:
-        self._jobs: deque[Callable[[], None]] = deque()
+    def __init__(self, do: Callable[[Run], None]) -> None:
+        self._do = do
+        self._jobs: deque[Run] = deque()
         self._lock = threading.Lock()
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         """For each thread that is called, True; False where it is to end."""
@@ -340,8 +359,8 @@ class BodyThreads:
         self._is_one_coming = False
         self._is_closed = False
 
-    def start(self, job: Callable[[], None]) -> None:
-        """Run a job that raises nothing, in a thread that has nothing to do or a new one.
+    def start(self, job: Run) -> None:
+        """Do a run's body in a thread that has nothing to do or a new one.
 
         Raises:
             RuntimeError: there is no such thread, and no new one for this process.
@@ -388,7 +407,7 @@ class BodyThreads:
                     with suppress(RuntimeError):  # no more threads: this one, or another one that is free, comes back
                         self._call_one()
             if job is not None:
-                job()
+                self._do(job)
                 del job
             elif self._calls.get():
                 is_coming = True

@@ -103,7 +103,7 @@ def start_over(claim: Claim, why: str, lease_seconds: float) -> Checkpoint:
     """The checkpoint that ends an attempt without blame and starts another one at the same task, under this claim."""
     attempt = claim.attempt
     assert attempt is not None, "only an open attempt can end"
-    end = replace(STOPPED.end, output=why)
+    end = STOPPED.end._replace(output=why)
     return Checkpoint(
         execution_id=claim.execution.execution_id,
         epoch=claim.execution.epoch,
