@@ -57,6 +57,13 @@ def upgrade() -> None:
             "status IN ('SCHEDULED', 'RESCHEDULED')",
             False,
         ),
+        # For workers that serve one queue, so that what waits in others does not stand in their way.
+        (
+            "ix_ebbs_flow_executions_queue",
+            ["queue", sa.text("priority DESC"), "run_at", "execution_id"],
+            "status IN ('SCHEDULED', 'RESCHEDULED')",
+            False,
+        ),
         # Of the id, not of the lease: a lease changes with every step, and a step is to touch no index.
         ("ix_ebbs_flow_executions_running", ["execution_id"], "status = 'RUNNING'", False),
         ("ix_ebbs_flow_executions_retry", ["run_at"], "status = 'RESCHEDULED'", False),

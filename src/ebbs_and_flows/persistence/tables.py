@@ -141,6 +141,15 @@ def build_tables(schema: str | None = None) -> Tables:
         executions.c.execution_id,
         where=waiting,
     )
+    # For workers that serve one queue, so that what waits in others does not stand in their way.
+    _partial_index(
+        "ix_ebbs_flow_executions_queue",
+        executions.c.queue,
+        executions.c.priority.desc(),
+        executions.c.run_at,
+        executions.c.execution_id,
+        where=waiting,
+    )
     # Of the id, not of the lease: a lease changes with every step, and a step is to touch no index.
     _partial_index("ix_ebbs_flow_executions_running", executions.c.execution_id, where=text("status = 'RUNNING'"))
     _partial_index("ix_ebbs_flow_executions_retry", executions.c.run_at, where=text("status = 'RESCHEDULED'"))
