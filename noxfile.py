@@ -78,6 +78,14 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def curves(session: nox.Session) -> None:
+    """Measure what grows with what, for some 20 minutes, and draw it for docs/performance.md."""
+    session.install(".[postgres]", *group("bench"))
+    session.run("python", "benchmarks/curves.py", *session.posargs)
+    session.run("python", "benchmarks/plots.py")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, format and the direction of imports."""
     session.install(*group("lint"))

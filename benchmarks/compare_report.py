@@ -64,8 +64,6 @@ class Measurement:
 Side = tuple[int, tuple[str, ...]]
 """In flight, and the contestants of which the best counts."""
 
-BATCHED = (FLOOR_EXECUTEMANY, FLOOR_RECORDSET)
-
 
 @dataclass(frozen=True)
 class Ratio:
@@ -88,25 +86,25 @@ RATIOS = (
     Ratio(
         "one flow at a time, to DBOS direct",
         {POSTGRESQL: 2.5, SQLITE: 5},
-        (1, (EBBS_DIRECT,)),
+        (1, (EBBS_DIRECT, EBBS_WORKER)),
         (1, (DBOS_DIRECT,)),
     ),
     Ratio(
-        "128 in flight, to the better batched floor",
-        {POSTGRESQL: 0.5, SQLITE: 0.5},
-        (128, (EBBS_WORKER,)),
-        (128, BATCHED),
-    ),
-    Ratio(
         "128 in flight, to the floor of executemany",
-        {POSTGRESQL: None},
+        {POSTGRESQL: 0.5, SQLITE: 0.5},
         (128, (EBBS_WORKER,)),
         (128, (FLOOR_EXECUTEMANY,)),
     ),
     Ratio(
+        "128 in flight, to the floor of one statement",
+        {POSTGRESQL: None},
+        (128, (EBBS_WORKER,)),
+        (128, (FLOOR_RECORDSET,)),
+    ),
+    Ratio(
         "one at a time, to the floor of one commit a step",
         {POSTGRESQL: 0.5, SQLITE: 0.5},
-        (1, (EBBS_DIRECT,)),
+        (1, (EBBS_DIRECT, EBBS_WORKER)),
         (1, (FLOOR_ONE_COMMIT,)),
     ),
 )

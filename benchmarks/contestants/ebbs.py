@@ -6,7 +6,6 @@ import threading
 import time
 
 from sqlalchemy import text
-from sqlalchemy.orm import Session
 
 from benchmarks.contestants.durability import postgresql_settings, sqlite_settings
 from benchmarks.contestants.work import TASKS, Progress, Recorded, entry, first_context, task_name
@@ -58,14 +57,7 @@ class Ebbs:
     def prepare(self, flows: int) -> None:
         self._flows = flows
         self._progress.expect(flows)
-        contexts = [ExecutionContext(first_context(flow)) for flow in range(flows)]
-        if hasattr(self._runner, "schedule_flows"):
-            self._runner.schedule_flows(FLOW, contexts)
-            return
-        with Session(self._service.engine) as session:
-            for context in contexts:
-                self._runner.schedule_flow(FLOW, context, session=session)
-            session.commit()
+        self._runner.schedule_flows(FLOW, (first_context(flow) for flow in range(flows)))
 
     def drain(self) -> float:
         began = time.perf_counter()
@@ -97,7 +89,7 @@ class EbbsDirect(Ebbs):
 
 
 class EbbsWorker(Ebbs):
-    """One worker, which stops when nothing is due. That it has stopped takes until it listens no more: not timed."""
+    """One worker, which stops when nothing is due."""
 
     def drain(self) -> float:
         worker = Worker(self._runner, concurrency=self._in_flight)

@@ -550,7 +550,9 @@ def test_damage_is_a_problem(doctor: Ebbs, service: FlowService, database_url: s
 def test_the_size_is_told_with_that_of_the_log(service: FlowService, database_url: str) -> None:
     service.schedule("order")
     found = finding(service, "size")
-    assert found.found.startswith("61.4 kB, and ")
+    with service.engine.connect() as connection:
+        pages, size = (connection.scalar(text(f"PRAGMA {each}")) for each in ("page_count", "page_size"))
+    assert found.found.startswith(f"{pages * size / 1000:.1f} kB, and ")
     assert found.found.endswith(" kB in its write-ahead log")
     log = Path(f"{file_of(database_url)}-wal")
     assert log.stat().st_size > 0
