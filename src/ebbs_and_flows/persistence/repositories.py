@@ -89,7 +89,8 @@ class Executions:
         if criteria.template_name is not None:
             found = found.where(columns.template_name == criteria.template_name)
         if criteria.statuses is not None:
-            found = found.where(columns.status.in_([status.value for status in criteria.statuses]))
+            literals = [literal_column(f"'{status.value}'") for status in criteria.statuses]
+            found = found.where(columns.status == literals[0] if len(literals) == 1 else columns.status.in_(literals))
         if criteria.queue is not None:
             found = found.where(columns.queue == criteria.queue)
         if criteria.idempotency_key is not None:
@@ -107,7 +108,11 @@ class Executions:
         columns = self._table.c
         due = (
             select(self._table)
-            .where(columns.status == status.value, columns.run_at <= statement_now())
+            .where(
+                columns.status == status.value,
+                columns.run_at <= statement_now(),
+                columns.status.in_([literal_column("'SCHEDULED'"), literal_column("'RESCHEDULED'")]),
+            )
             .order_by(columns.priority.desc(), columns.run_at, columns.execution_id)
             .limit(1)
         )
@@ -145,6 +150,7 @@ class Executions:
             columns.run_at <= statement_now(),
             *of_these,
         )
+        due = due.order_by(columns.priority.desc(), columns.run_at, columns.execution_id)
         if self._connection.execute(due.limit(1)).one_or_none() is not None:
             return 0.0
         return None if row is None else max(0.0, (row.run_at - row.now).total_seconds())
