@@ -40,6 +40,9 @@ LAST_WORDS_SECONDS = 5.0
 LEAST_HALF = 16
 """Of no more executions in flight than twice this, all ends are written together that have arrived."""
 
+CLAIM_PATIENCE_SECONDS = 0.05
+"""While much is in flight, a few places may be free for so long until it is worth a claim."""
+
 CLAIM_BATCH = 100
 """How many executions are claimed in one transaction at most, so that none of them waits long for its first task."""
 
@@ -92,6 +95,9 @@ class Dispatcher:
         self._may_have_strays = False
         self._has_more = True
         self._turns_handed_over = 0
+        self._is_claiming = False
+        """Whether one of them claims."""
+        self._claimed_at = 0.0
         self._next_claim_at = 0.0
         self._next_recovery_at = 0.0
         self._leases = LeaseKeeper(
@@ -265,26 +271,41 @@ class Dispatcher:
         except RuntimeError:
             return False
         self._turns_handed_over += 1
+        self._is_claiming = self._is_claiming or turn.wanted is not None
         return True
 
-    def _hand_over_next(self) -> None:
+    def _hand_over_next(self, pending: int = 0) -> None:
         """Give the writer what it is to go on with, so that the database is not idle: the other half, once it is
-        complete; any number, where nothing else is under way. Claims are for later: it is not known here for how many
-        there is room.
+        complete; any number, where nothing else is under way.
+
+        Args:
+            pending: how many claims are yet to be taken up.
         """
+        now = time.monotonic()
         least = 1 if self._turns_handed_over == 0 else self._half()
-        is_time = self._ends.new >= least and self._turns_handed_over < 2 and time.monotonic() >= self.outage.until
-        if is_time and not self._may_have_strays and not self._local.holds_the_write_lock:
-            turn = self._ends.next_turn(None, self._half())
-            if not self._hand_over(turn):
-                self._ends.put_back(turn)
+        is_time = self._ends.new >= least and self._turns_handed_over < 2 and now >= self.outage.until
+        # What else a turn has to do waits for those that are under way, and they must come to an end.
+        is_interrupted = self._may_have_strays or (now >= self._next_recovery_at and not self.is_stopping)
+        if not is_time or is_interrupted or self._local.holds_the_write_lock:
+            return
+        room = self._settings.concurrency - len(self.runs) - pending
+        is_worth_it = 2 * room >= self._settings.concurrency or now >= self._claimed_at + CLAIM_PATIENCE_SECONDS
+        wanted = self._wanted(now, pending) if is_worth_it and not self._is_claiming else None
+        turn = self._ends.next_turn(wanted, self._half())
+        if not self._hand_over(turn):
+            self._ends.put_back(turn)
+            self._has_more = self._has_more or wanted is not None
 
     def _written_beside(self, turn: Turn) -> None:
         self._turns_handed_over -= 1
+        if turn.wanted is not None:
+            self._is_claiming = False
         with self._outages():
             ends = self._take_back(turn)
-            self._hand_over_next()
-            self._go_on_after(turn, ends)
+            try:
+                self._hand_over_next(len(turn.claims))
+            finally:
+                self._go_on_after(turn, ends)
             self.outage.over()
 
     def _take_back(self, turn: Turn) -> list[tuple[End, Recorded | None]]:
@@ -312,12 +333,17 @@ class Dispatcher:
                 raise
         self._local.allow_transactions()
 
-    def _wanted(self, now: float) -> Wanted | None:
-        """What to claim now, if anything: as much as there is room for, and as much more as comes to rest meanwhile."""
-        free = min(self._settings.concurrency - len(self.runs), CLAIM_BATCH)
+    def _wanted(self, now: float, pending: int = 0) -> Wanted | None:
+        """What to claim now, if anything: as much as there is room for, and as much more as comes to rest meanwhile.
+
+        Args:
+            pending: how many claims are yet to be taken up.
+        """
+        free = min(self._settings.concurrency - len(self.runs) - pending, CLAIM_BATCH)
         if self.is_stopping or not (self._has_more or now >= self._next_claim_at) or (free < 1 and not self._ends):
             return None
         self._has_more = False
+        self._claimed_at = now
         self._next_claim_at = now + self._settings.poll_seconds
         if self._last_chances.keep_others_out(self.runs.values(), now):
             return None

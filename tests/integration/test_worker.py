@@ -16,6 +16,7 @@ from tenacity import wait_fixed
 from ebbs_and_flows import (
     AttemptLogFilter,
     DatabaseUrlError,
+    ExecutionContext,
     Failure,
     FlowFilter,
     FlowRunner,
@@ -25,6 +26,7 @@ from ebbs_and_flows import (
     InvalidArgumentError,
     InvalidNameError,
     RetryPolicy,
+    Task,
     Worker,
     task,
     wait_for_stop,
@@ -361,3 +363,27 @@ def test_a_claim_that_bounds_queues_names_those_it_takes_from(service: FlowServi
         service.claim(
             runner.templates, {FlowStatus.SCHEDULED}, "somebody", lease_seconds=30, max_in_flight={"default": 1}
         )
+
+
+def test_a_worker_with_its_hands_full_of_short_steps_still_takes_up_what_comes(
+    service: FlowService, runner: FlowRunner
+) -> None:
+    class Step(Task):
+        def run(self, context: ExecutionContext) -> ExecutionContext:
+            return context
+
+    long = FlowTemplate("long")
+    for number in range(300):
+        long.add_task(Step(), name=f"step {number}")
+    runner.register_flow_template(long)
+    runner.register_flow_template(FlowTemplate("short", [Step()]))
+    runner.schedule_flows("long", [{}] * 40)
+    with Worker(runner, concurrency=48, poll_seconds=0.05).running() as worker:
+        wait_until(lambda: worker.health().attempts > 1000)
+        short = runner.schedule_flow("short")
+        wait_until(lambda: worker.health().in_flight == 0)
+    finished = service.get_flow_execution(short).finished_at
+    assert finished is not None
+    others = service.find_flow_executions(FlowFilter(template_name="long"))
+    assert {each.status for each in others} == {FlowStatus.SUCCEEDED}
+    assert all(each.finished_at is not None and each.finished_at > finished for each in others)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, literal_column, select
+from sqlalchemy import ColumnElement, Connection, Row, literal_column, select
 
 from ebbs_and_flows.checkpoints import AttemptCounts, AttemptEnd
 from ebbs_and_flows.context import ContextDelta
@@ -89,7 +89,7 @@ class Executions:
         if criteria.template_name is not None:
             found = found.where(columns.template_name == criteria.template_name)
         if criteria.statuses is not None:
-            literals = [literal_column(f"'{status.value}'") for status in criteria.statuses]
+            literals: list[ColumnElement[str]] = [literal_column(f"'{status.value}'") for status in criteria.statuses]
             found = found.where(columns.status == literals[0] if len(literals) == 1 else columns.status.in_(literals))
         if criteria.queue is not None:
             found = found.where(columns.queue == criteria.queue)
