@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [name for name in CURVES if not options.only or name in options.only]
     document = begin(options)
     plan = measures.QUICK if options.quick else measures.FULL
+    if options.rounds is not None:
+        plan = replace(plan, rounds=options.rounds)
     with ExitStack() as stack:
         kinds: dict[str, Databases] = {}
         if not options.sqlite_only:
@@ -130,6 +132,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     where.add_argument("--sqlite-only", action="store_true", help="leave PostgreSQL out")
     parser.add_argument("--folder", help="where SQLite's files are made: on the disk to be measured")
     parser.add_argument("--quick", action="store_true", help="small sizes, one round: under two minutes")
+    parser.add_argument("--rounds", type=int, help="default 7")
     parser.add_argument("--only", metavar="NAME", action="append", choices=CURVES, help=f"of {', '.join(CURVES)}")
     parser.add_argument("--output", type=Path, help=f"default {OUTPUT.name} beside this file; a temporary one if quick")
     options = parser.parse_args(arguments)
@@ -143,8 +146,9 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
     before: dict[str, Any] = {}
     if options.only and options.output.exists():
         before = json.loads(options.output.read_text())
+    rounds = [] if options.rounds is None else ["--rounds", str(options.rounds)]
     return {
-        "command": " ".join(["python", "benchmarks/curves.py", *["--quick"] * options.quick]),
+        "command": " ".join(["python", "benchmarks/curves.py", *["--quick"] * options.quick, *rounds]),
         "measured_at": now(),
         "machine": {
             "system": platform.platform(),
