@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -167,3 +167,14 @@ def _is_aware(moment: datetime) -> bool:
         return isinstance(moment, datetime) and moment.utcoffset() is not None
     except Exception:  # a tzinfo is code of somebody's class
         return False
+
+
+def valid_contexts(contexts: object) -> Iterable[Any]:
+    """The contexts of many executions, which may be given by a generator; none is looked at here.
+
+    Raises:
+        InvalidArgumentError: not an iterable, or a single context.
+    """
+    if isinstance(contexts, (Mapping, str)) or not isinstance(contexts, Iterable):
+        raise InvalidArgumentError("contexts", contexts, "an iterable of contexts")
+    return contexts

@@ -68,20 +68,16 @@ class Ends:
         self._waiting: list[End] = []
         self.wait_seconds = FIRST_WAIT_SECONDS
         """After how long what is left is to be written again."""
-        self._new = 0
+        self.new = 0
+        """How many have not been tried yet."""
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    @property
-    def new(self) -> int:
-        """How many have not been tried yet."""
-        return self._new
-
     def add(self, run: Run, verdict: Verdict) -> None:
         """An attempt has ended."""
         self._waiting.append(End(run, verdict))
-        self._new += 1
+        self.new += 1
 
     def forget(self, run: Run) -> None:
         """Its end is of no interest any more: it would be refused."""
@@ -96,13 +92,13 @@ class Ends:
         ends = {each.run.execution_id: each for each in taken}
         # In the order of their ids: of two that lock several, neither can wait for the other.
         batch = self._service.batch_of([self._checkpoint(ends[each]) for each in sorted(ends)])
-        self._new = min(self._new, len(self._waiting))
+        self.new = min(self.new, len(self._waiting))
         return Turn(ends, batch, wanted)
 
     def put_back(self, turn: Turn) -> None:
         """Let what was taken out for a turn wait on, as what nobody has tried to write."""
         self._waiting = [*turn.ends.values(), *self._waiting]
-        self._new += len(turn.ends)
+        self.new += len(turn.ends)
 
     def write(self, turn: Turn) -> None:
         """Write a turn, in one transaction. Commits. In any thread; what comes of it, also an error, stands in the turn
@@ -119,8 +115,8 @@ class Ends:
             turn.error = error
 
     def take_back(self, turn: Turn) -> list[tuple[End, Recorded | None]]:
-        """Each end in it that was written, with what came of it; `None` where it was refused, because
-        the execution is no longer held. In the thread of the worker's loop.
+        """Each end of a turn that was written, with what came of it; `None` where it was refused, because the execution
+        is no longer held. In the thread of the worker's loop.
 
         Raises:
             Exception: the turn's error, as a rule SQLAlchemy's; all of its ends still wait.

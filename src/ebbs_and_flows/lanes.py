@@ -67,11 +67,11 @@ class Run:
         self.signal = StopSignal()
         self.limit: Limit | None = None
         """How long its body may take; set as it begins."""
+        self.deadline: float | None = None
+        """When that is over, on `time.monotonic`."""
         self.is_last_chance = False
         """Whether it was started although one more lost worker would park it: nothing is claimed beside it for a
         while."""
-        self.deadline: float | None = None
-        """When that is over, on `time.monotonic`."""
         self.began: float | None = None
         self.is_past_limit = False
         """Whether it was asked to end because its limit was reached."""

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from ebbs_and_flows.arguments import as_context, runnable_status, valid_lease_seconds
+from ebbs_and_flows.arguments import as_context, runnable_status, valid_contexts, valid_lease_seconds
 from ebbs_and_flows.checkpoints import Claim
 from ebbs_and_flows.context import ExecutionContext
 from ebbs_and_flows.errors import (
@@ -191,11 +191,9 @@ class FlowRunner:
         template = self.get_flow_template(name)
         if not template.tasks:
             raise TemplateError(f"template {name!r} has no tasks: add one before it is scheduled")
-        if isinstance(contexts, (Mapping, str)) or not isinstance(contexts, Iterable):
-            raise InvalidArgumentError("contexts", contexts, "an iterable of contexts")
         return self.service.schedule_many(
             template.name,
-            _checked(template, contexts),
+            _checked(template, valid_contexts(contexts)),
             session=session,
             run_at=run_at,
             delay=delay,

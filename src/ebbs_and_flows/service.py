@@ -21,6 +21,7 @@ from ebbs_and_flows.arguments import (
     as_context,
     connection_of,
     runnable_status,
+    valid_contexts,
     valid_delay,
     valid_filter,
     valid_id,
@@ -234,11 +235,10 @@ class FlowService:
             run_at=valid_run_at(run_at, delay),
             delay_seconds=valid_delay(delay),
         )
-        if isinstance(contexts, (Mapping, str)) or not isinstance(contexts, Iterable):
-            raise InvalidArgumentError("contexts", contexts, "an iterable of contexts")
+        given = valid_contexts(contexts)
         deltas: list[ContextDelta] = []
         try:
-            deltas.extend(initial_delta(context) for context in contexts)
+            deltas.extend(initial_delta(context) for context in given)
         except EbbsError as error:
             if sys.version_info >= (3, 11):
                 error.add_note(f"It is about contexts[{len(deltas)}].")
