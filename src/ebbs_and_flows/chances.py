@@ -56,5 +56,7 @@ class LastChances:
 
 def is_last_chance(run: Run) -> bool:
     """Whether an execution would be parked if its worker were lost once more."""
+    if not run.claim.counts:
+        return False
     lost = run.claim.counts_of(run.name).lost
     return lost > 0 and lost + 1 >= run.task.retry.max_crashes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import NamedTuple
@@ -28,7 +28,9 @@ _NONE_YET = AttemptCounts()
 
 
 class OpenAttempt(NamedTuple):
-    """An attempt that has begun: one is made for every step, so it is no more than that needs."""
+    """An attempt that has begun, or that begins with a checkpoint: one is made for every step, so it is no more than
+    that needs.
+    """
 
     flow_execution_step: int
     task_index: int
@@ -37,8 +39,7 @@ class OpenAttempt(NamedTuple):
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """An execution that this worker holds, with the attempt that is open in it.
 
     `execution` is as it was when it was claimed, `context` what the open attempt receives. `attempt` is `None` once
@@ -58,7 +59,7 @@ class Claim:
 
     def at_rest(self, execution: FlowExecution) -> Claim:
         """The claim once nothing is left to run."""
-        return replace(self, execution=execution, attempt=None)
+        return self._replace(execution=execution, attempt=None)
 
 
 class AttemptEnd(NamedTuple):
@@ -90,14 +91,6 @@ class Verdict(NamedTuple):
         return self.end.status is TaskStatus.SUCCEEDED
 
 
-class NextAttempt(NamedTuple):
-    """What follows: another attempt under the same claim, as a rule the next task's first."""
-
-    task_index: int
-    task_name: str
-    attempt: int
-
-
 @dataclass(frozen=True, slots=True)
 class Rest:
     """What follows: the execution leaves RUNNING.
@@ -114,7 +107,8 @@ class Rest:
 class Checkpoint(NamedTuple):
     """The end of one attempt and what follows it: written in one transaction, or refused as a whole.
 
-    Refused unless the execution is still RUNNING under this `epoch` and at this attempt's step.
+    Refused unless the execution is still RUNNING under this `epoch` and at this attempt's step. What follows is another
+    attempt under the same claim, as a rule the next task's first, or rest.
     """
 
     execution_id: int
@@ -122,7 +116,7 @@ class Checkpoint(NamedTuple):
     worker: str
     step: int
     end: AttemptEnd
-    then: NextAttempt | Rest
+    then: OpenAttempt | Rest
     lease_seconds: float
 
 
@@ -131,11 +125,11 @@ class Recorded(NamedTuple):
 
     attempt: OpenAttempt | None
     """The next attempt, if one was started."""
-    then: NextAttempt | Rest
+    then: OpenAttempt | Rest
     """What followed."""
     updated_at: datetime | None = None
     run_at: datetime | None = None
-    """The times of the execution's row, where it has come to rest."""
+    """The times of the execution's row, where it has come to rest and was waited for."""
 
 
 def with_context(execution: FlowExecution, context: ExecutionContext) -> FlowExecution:

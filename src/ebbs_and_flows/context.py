@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Final, TypeVar, overload
+from typing import Any, Final, NamedTuple, TypeVar, overload
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
@@ -57,8 +56,7 @@ class _Live:
             return _Live(self.value, self.origin)
 
 
-@dataclass(frozen=True, slots=True)
-class ContextDelta:
+class ContextDelta(NamedTuple):
     """What one task made of the context it was given.
 
     Attributes:

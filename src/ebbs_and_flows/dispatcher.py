@@ -68,8 +68,7 @@ class Dispatcher:
     """Runs a worker's executions, from `loop` to its return. One is used once.
 
     Bodies run elsewhere (`Lane`); what they have to say, what the lease keeper and the listener notice, and what other
-    threads ask for comes in as functions through one inbox, and is done in the loop's thread. So nothing here is
-    locked.
+    threads ask for comes in through one inbox, and is done in the loop's thread. So nothing here is locked.
     """
 
     def __init__(self, runner: FlowRunner, settings: WorkerSettings) -> None:
@@ -77,7 +76,8 @@ class Dispatcher:
         self._service = runner.service
         self._settings = settings
         # SimpleQueue.put may be called from a signal's handler, whatever the interrupted thread is doing.
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | tuple[Run, Verdict | Written] | None] = queue.SimpleQueue()
+        """Something to do; or a body that has ended, and how; or nothing, to look again."""
         self.runs: dict[int, Run] = {}
         self.counts: Counter[str] = Counter()
         self.outage = Outage()
@@ -116,7 +116,7 @@ class Dispatcher:
             transaction_slots=settings.transaction_slots,
             has_one_writer=self._service.has_one_writer,
             goes_on=lambda: not self.is_stopping,
-            ended=lambda run, result: self._inbox.put(partial(self._body_ended, run, result)),
+            ended=lambda run, result: self._inbox.put((run, result)),
         )
         self._remote: ExecutorLane | None = None
         if settings.executor is not None:
@@ -197,11 +197,12 @@ class Dispatcher:
         except queue.Empty:
             return
 
-    def _take_in(self, message: Callable[[], None] | None) -> None:
-        if message is None:
-            return
+    def _take_in(self, message: Callable[[], None] | tuple[Run, Verdict | Written] | None) -> None:
         try:
-            message()
+            if isinstance(message, tuple):
+                self._body_ended(*message)
+            elif message is not None:
+                message()
         except Exception:
             logger.exception("a worker could not take in what has happened, which should not be; it goes on")
 
@@ -245,11 +246,11 @@ class Dispatcher:
         Where others are in flight, that is done in the writer's thread, and what arrives meanwhile is gathered for the
         next turn. A lone execution does not wait for two changes of threads.
         """
-        wanted = self._wanted(now)
-        if wanted is None and not self._ends:
+        turn = self._ends.next_turn(self._half())
+        turn.wanted = self._wanted(now, resting=turn.resting)
+        if turn.wanted is None and not turn.ends:
             self._local.allow_transactions()
             return
-        turn = self._ends.next_turn(wanted, self._half())
         if turn.ends and len(self.runs) > len(turn.ends) and self._hand_over(turn):
             return
         self._ends.write(turn)
@@ -288,13 +289,14 @@ class Dispatcher:
         is_interrupted = self._may_have_strays or (now >= self._next_recovery_at and not self.is_stopping)
         if not is_time or is_interrupted or self._local.holds_the_write_lock:
             return
-        room = self._settings.concurrency - len(self.runs) - pending
+        turn = self._ends.next_turn(self._half())
+        room = self._settings.concurrency - len(self.runs) - pending + turn.resting
         is_worth_it = 2 * room >= self._settings.concurrency or now >= self._claimed_at + CLAIM_PATIENCE_SECONDS
-        wanted = self._wanted(now, pending) if is_worth_it and not self._is_claiming else None
-        turn = self._ends.next_turn(wanted, self._half())
+        if is_worth_it and not self._is_claiming:
+            turn.wanted = self._wanted(now, pending, turn.resting)
         if not self._hand_over(turn):
             self._ends.put_back(turn)
-            self._has_more = self._has_more or wanted is not None
+            self._has_more = self._has_more or turn.wanted is not None
 
     def _written_beside(self, turn: Turn) -> None:
         self._turns_handed_over -= 1
@@ -333,14 +335,15 @@ class Dispatcher:
                 raise
         self._local.allow_transactions()
 
-    def _wanted(self, now: float, pending: int = 0) -> Wanted | None:
+    def _wanted(self, now: float, pending: int = 0, resting: int = 0) -> Wanted | None:
         """What to claim now, if anything: as much as there is room for, and as much more as comes to rest meanwhile.
 
         Args:
             pending: how many claims are yet to be taken up.
+            resting: how many executions are about to come to rest.
         """
         free = min(self._settings.concurrency - len(self.runs) - pending, CLAIM_BATCH)
-        if self.is_stopping or not (self._has_more or now >= self._next_claim_at) or (free < 1 and not self._ends):
+        if self.is_stopping or not (self._has_more or now >= self._next_claim_at) or free + resting < 1:
             return None
         self._has_more = False
         self._claimed_at = now
@@ -389,16 +392,17 @@ class Dispatcher:
         if self.is_stopping:
             self._settle(run, STOPPED)
             return
-        run.is_last_chance = self._lane_of(run).is_in_this_process and is_last_chance(run)
+        lane = self._lane_of(run)
+        run.is_last_chance = lane.is_in_this_process and is_last_chance(run)
         if run.is_last_chance and not by_itself and (beside or len(self.runs) > 1):
             run.is_last_chance = False
             self._settle(run, self._last_chances.hand_back(run, time.monotonic()))
             return
         log_claim(claim, "started")
-        self._lane_of(run).add(run)
+        lane.add(run)
 
     def _lane_of(self, run: Run) -> Lane:
-        if self._remote is None or run.task.is_transactional or run.task.is_async:
+        if self._remote is None or run.is_transactional or run.is_async:
             return self._local
         return self._remote
 
@@ -452,7 +456,7 @@ class Dispatcher:
 
     def _holds_the_write_lock(self, run: Run) -> bool:
         """Whether nothing can be written before this body has ended: it notices its limit by itself then."""
-        return self._local.holds_the_write_lock and run.task.is_transactional and run in self._local.active
+        return self._local.holds_the_write_lock and run.is_transactional and run in self._local.active
 
     def _lose(self, execution_id: int, epoch: int) -> None:
         """The lease keeper says that an execution is not held any more."""
@@ -460,10 +464,10 @@ class Dispatcher:
         if run is None or run.claim.execution.epoch != epoch:
             return
         run.signal.set(NO_LONGER_HELD)
-        if run.is_settled or (run.task.is_transactional and run in self._local.active):
+        if run.is_settled or (run.is_transactional and run in self._local.active):
             return  # what it has to say is being written, and will be refused
         log_claim(run.claim, "dropped, the execution was cancelled or is no longer held here", level=logging.WARNING)
-        if run.task.is_async and self._lane_of(run) is self._local:
+        if run.is_async and self._lane_of(run) is self._local:
             self._local.interrupt(run)
         run.is_settled = True
         self._lane_of(run).give_up(run)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded, Verdict
+from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded, Rest, Verdict
 from ebbs_and_flows.errors import UnknownExecutionError
 from ebbs_and_flows.lanes import Run
 from ebbs_and_flows.logs import logger
@@ -40,10 +41,16 @@ class Turn:
 
     ends: dict[int, End]
     batch: CheckpointBatch
-    wanted: Wanted | None
+    wanted: Wanted | None = None
+    """What to claim with it."""
     recorded: dict[int, Recorded | None] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     error: Exception | None = None
+
+    @property
+    def resting(self) -> int:
+        """How many executions are to come to rest with it."""
+        return sum(1 for each in self.batch.checkpoints if isinstance(each.then, Rest))
 
 
 class Ends:
@@ -83,17 +90,16 @@ class Ends:
         """Its end is of no interest any more: it would be refused."""
         self._waiting = [each for each in self._waiting if each.run is not run]
 
-    def next_turn(self, wanted: Wanted | None, most: int) -> Turn:
-        """Take out what is to be written now, at most so many ends, with what to claim. In the thread of the worker's
-        loop.
-        """
+    def next_turn(self, most: int) -> Turn:
+        """Take out what is to be written now, at most so many ends. In the thread of the worker's loop."""
         most = min(most, WRITE_BATCH)
         taken, self._waiting = self._waiting[:most], self._waiting[most:]
         ends = {each.run.execution_id: each for each in taken}
         # In the order of their ids: of two that lock several, neither can wait for the other.
-        batch = self._service.batch_of([self._checkpoint(ends[each]) for each in sorted(ends)])
+        goes_on = self._goes_on()
+        batch = self._service.batch_of([self._checkpoint(ends[each], goes_on) for each in sorted(ends)])
         self.new = min(self.new, len(self._waiting))
-        return Turn(ends, batch, wanted)
+        return Turn(ends, batch)
 
     def put_back(self, turn: Turn) -> None:
         """Let what was taken out for a turn wait on, as what nobody has tried to write."""
@@ -105,12 +111,9 @@ class Ends:
         afterwards.
         """
         try:
-            recorded, turn.claims = self._write_together(turn)
-            turn.recorded = {
-                each.execution_id: self._sure_of(turn.ends[each.execution_id], each, recorded[each.execution_id])
-                for each in turn.batch.checkpoints
-                if each.execution_id in recorded
-            }
+            turn.recorded, turn.claims = self._write_together(turn)
+            if None in turn.recorded.values():
+                self._make_sure_of_refusals(turn)
         except Exception as error:
             turn.error = error
 
@@ -133,8 +136,8 @@ class Ends:
             self.wait_seconds = min(2 * self.wait_seconds, LONGEST_WAIT_SECONDS) if left else FIRST_WAIT_SECONDS
         return [(turn.ends[execution_id], each) for execution_id, each in turn.recorded.items()]
 
-    def _checkpoint(self, end: End) -> Checkpoint:
-        run, goes_on = end.run, self._goes_on()
+    def _checkpoint(self, end: End, goes_on: bool) -> Checkpoint:
+        run = end.run
         if run.starts_over is not None and goes_on:
             return start_over(run.claim, run.starts_over, self._lease_seconds)
         verdict = end.verdict if run.starts_over is None else STOPPED
@@ -167,7 +170,7 @@ class Ends:
                     raise
                 if end.verdict.succeeded:
                     end = turn.ends[execution_id] = End(end.run, refused(end.run.claim, end.run.task, error))
-                    recorded.update(self._writer.write([self._checkpoint(end)])[0])
+                    recorded.update(self._writer.write([self._checkpoint(end, self._goes_on())])[0])
                 else:
                     logger.exception("execution %s: its end cannot be recorded", execution_id)
                     recorded[execution_id] = None
@@ -178,13 +181,10 @@ class Ends:
                 recorded[execution_id] = None
         return recorded
 
-    def _sure_of(self, end: End, checkpoint: Checkpoint, recorded: Recorded | None) -> Recorded | None:
-        """What came of a checkpoint; where it was refused, maybe because an earlier try was committed without an
-        answer, that is read back.
-        """
-        if recorded is not None or not end.run.was_tried:
-            return recorded
-        try:
-            return self._service.outcome_of(checkpoint)
-        except UnknownExecutionError:
-            return None
+    def _make_sure_of_refusals(self, turn: Turn) -> None:
+        """Read back what was refused, where that may be because an earlier try was committed without an answer."""
+        for checkpoint in turn.batch.checkpoints:
+            execution_id = checkpoint.execution_id
+            if turn.ends[execution_id].run.was_tried and turn.recorded.get(execution_id, checkpoint) is None:
+                with suppress(UnknownExecutionError):
+                    turn.recorded[execution_id] = self._service.outcome_of(checkpoint)

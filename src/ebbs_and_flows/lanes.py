@@ -24,6 +24,9 @@ from ebbs_and_flows.templates import FlowTemplate
 from ebbs_and_flows.transactions import Transactions, Written
 from ebbs_and_flows.verdicts import STOPPED, judge, limit_of
 
+TOLD_TO_STOP = (StopRequestedError, asyncio.CancelledError)
+"""What a body raises that ends because it was asked to."""
+
 NO_THREAD_SECONDS = 5.0
 """After how long an attempt is tried again for which there was no thread."""
 
@@ -44,9 +47,11 @@ class Run:
         "claim",
         "deadline",
         "execution_id",
+        "is_async",
         "is_last_chance",
         "is_past_limit",
         "is_settled",
+        "is_transactional",
         "limit",
         "name",
         "signal",
@@ -64,6 +69,9 @@ class Run:
         self.alone = alone
         self.name = claim.attempt.name
         self.execution_id = claim.execution.execution_id
+        self.is_transactional = task.is_transactional
+        self.is_async = not self.is_transactional and task.is_async
+        """Whether its body runs on an event loop: that of a transactional task runs in a thread."""
         self.signal = StopSignal()
         self.limit: Limit | None = None
         """How long its body may take; set as it begins."""
@@ -115,12 +123,12 @@ class Lane(ABC):
         """Take a run, to be started as soon as there is a place for it."""
         if run.alone:
             self._waiting_alone.append((time.monotonic() + self._patience_seconds, run))
+            self.start_what_can()
         elif self._waiting or self._waiting_alone or self._alone is not None or len(self.active) >= self.slots:
             self._waiting.append(run)
+            self.start_what_can()
         else:
             self._begin(run)
-            return
-        self.start_what_can()
 
     def ended(self, run: Run) -> None:
         """A body has ended, so that its place is free."""
@@ -233,11 +241,11 @@ class LocalLane(Lane):
         self._loop = BodyLoop()
 
     def add(self, run: Run) -> None:
-        if run.task.is_transactional and not run.alone:
+        if run.is_transactional and not run.alone:
             self._waiting_transactions.append(run)
             self.start_what_can()
         else:
-            super().add(run)
+            Lane.add(self, run)
 
     @property
     def holds_the_write_lock(self) -> bool:
@@ -261,21 +269,21 @@ class LocalLane(Lane):
 
     @property
     def _has_waiting(self) -> bool:
-        return bool(self._waiting_transactions) or super()._has_waiting
+        return bool(self._waiting or self._waiting_transactions or self._waiting_alone)
 
     @property
     def _active_transactions(self) -> int:
-        return sum(1 for run in self.active if run.task.is_transactional)
+        return sum(1 for run in self.active if run.is_transactional)
 
     def give_up(self, run: Run) -> None:
-        if run.task.is_transactional or run not in self.active:
+        if run.is_transactional or run not in self.active:
             return  # its thread has a connection of the pool
-        if run.task.is_async and run.is_past_limit:
+        if run.is_async and run.is_past_limit:
             self._loop.leave()  # it was cancelled and has not ended: something blocks the loop
         self.ended(run)
 
     def _start(self, run: Run) -> None:
-        if run.task.is_async and not run.task.is_transactional:
+        if run.is_async:
             self._loop.start(run, lambda verdict: self._ended(run, verdict))
         else:
             try:
@@ -288,7 +296,7 @@ class LocalLane(Lane):
         self._ended(run, contextvars.Context().run(self._body, run))
 
     def _body(self, run: Run) -> Verdict | Written:
-        if not run.task.is_transactional:
+        if not run.is_transactional:
             return run_here(run)
         SIGNAL.set(run.signal)
         ABOUT.set(run.claim)
@@ -306,7 +314,7 @@ class LocalLane(Lane):
             return verdict_of(run, Failed(error))
 
     def interrupt(self, run: Run) -> bool:
-        if run.task.is_async and not run.task.is_transactional:
+        if run.is_async:
             self._loop.cancel(run)
             return True
         return False
@@ -328,9 +336,7 @@ def run_here(run: Run) -> Verdict:
 
 def verdict_of(run: Run, outcome: Outcome) -> Verdict:
     """The verdict on what came of a run's body; one that stopped because its worker is stopping is not to blame."""
-    is_told = isinstance(outcome, Failed) and isinstance(
-        outcome.exception, (StopRequestedError, asyncio.CancelledError)
-    )
+    is_told = isinstance(outcome, Failed) and isinstance(outcome.exception, TOLD_TO_STOP)
     if is_told and run.signal.why == WORKER_STOPS:
         return STOPPED
     return judge(run.task, outcome, run.claim.counts_of(run.name))

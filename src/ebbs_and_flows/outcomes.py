@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import CoroutineType, TracebackType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy.orm import Session
 
@@ -28,8 +28,7 @@ from ebbs_and_flows.texts import bounded, class_name, one_line, printable
 _PACKAGE = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class Success:
+class Success(NamedTuple):
     """The task returned a context that can be stored."""
 
     delta: ContextDelta

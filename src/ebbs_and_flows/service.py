@@ -881,8 +881,9 @@ class FlowService:
         if self._process != os.getpid():
             self._after_fork()
         engine = self._working_engine
-        if is_one_statement and self._one_statement_engine is not None:
-            engine = self._one_statement_engine
+        if is_one_statement:
+            writes = False  # it takes its locks itself
+            engine = self._one_statement_engine or engine
         return UnitOfWork(engine, self._database, self._statements, joined=joined, connection=connection, writes=writes)
 
     def _after_fork(self) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 
 from ebbs_and_flows.arguments import valid_id
@@ -15,7 +14,6 @@ from ebbs_and_flows.checkpoints import (
     AttemptCounts,
     Checkpoint,
     Claim,
-    NextAttempt,
     OpenAttempt,
     Recorded,
     with_context,
@@ -210,7 +208,7 @@ def _start(claim: Claim, standing: Progress, template: FlowTemplate) -> Claim | 
     index = execution.current_task_index
     try:
         template.check_completed(standing.completed)
-        claim = replace(claim, context=standing.context)
+        claim = claim._replace(context=standing.context)
     except (TemplateMismatchError, UndecodableValueError) as error:
         return claim, FlowStatus.FAILED, f"{type(error).__name__}: {error}"
     if template.get_task(index) is None:
@@ -222,7 +220,7 @@ def _start(claim: Claim, standing: Progress, template: FlowTemplate) -> Claim | 
     name = template.task_names[index]
     number = claim.counts_of(name).started + 1
     attempt = OpenAttempt(execution.execution_step, index, name, number, execution.lease_owner or "")
-    return replace(claim, attempt=attempt)
+    return claim._replace(attempt=attempt)
 
 
 def _beginning(claim: Claim | tuple[Claim, FlowStatus, str]) -> tuple[int, str | None, int]:
@@ -271,9 +269,10 @@ def record(work: UnitOfWork, batch: CheckpointBatch, *, wait: bool) -> dict[int,
 
 def _recorded(checkpoint: Checkpoint, moved: Moved) -> Recorded:
     then = checkpoint.then
-    if isinstance(then, NextAttempt):
-        attempt = OpenAttempt(checkpoint.step + 1, then.task_index, then.task_name, then.attempt, checkpoint.worker)
-        return Recorded(attempt, then)
+    if isinstance(then, OpenAttempt):
+        return Recorded(then, then)
+    if moved.updated_at is None or moved.run_at is None:
+        return Recorded(None, then)
     return Recorded(None, then, to_utc(moved.updated_at), to_utc(moved.run_at))
 
 

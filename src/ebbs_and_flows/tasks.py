@@ -162,6 +162,7 @@ class FunctionTask(Task, Generic[P, R]):
         self.timeout_seconds = timeout_seconds
         signature = _read_signature(function, self.name, namespace or {})
         self._inputs = signature.inputs
+        self._is_async = inspect.iscoroutinefunction(inspect.unwrap(function))
         self._context_parameter = signature.context_parameter
         self._session_parameter = signature.session_parameter
         self._single_output = isinstance(outputs, str)
@@ -189,7 +190,7 @@ class FunctionTask(Task, Generic[P, R]):
 
     @property
     def is_async(self) -> bool:
-        return inspect.iscoroutinefunction(inspect.unwrap(self.function))
+        return self._is_async
 
     def run(
         self, context: ExecutionContext, session: Session | None = None

@@ -10,7 +10,7 @@ from ebbs_and_flows.checkpoints import (
     AttemptEnd,
     Checkpoint,
     Claim,
-    NextAttempt,
+    OpenAttempt,
     Recorded,
     Rest,
     Verdict,
@@ -18,7 +18,7 @@ from ebbs_and_flows.checkpoints import (
 from ebbs_and_flows.context import ExecutionContext
 from ebbs_and_flows.errors import FlowTimeoutError, TaskTimeoutError
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, Failure, FlowExecution, FlowStatus, TaskStatus
-from ebbs_and_flows.outcomes import UNLIMITED, Failed, Limit, Outcome
+from ebbs_and_flows.outcomes import UNLIMITED, Failed, Limit, Outcome, Success
 from ebbs_and_flows.tasks import Task
 from ebbs_and_flows.templates import FlowTemplate
 
@@ -37,7 +37,7 @@ STOPPED = Verdict(
 
 def judge(task: Task, outcome: Outcome, counts: AttemptCounts) -> Verdict:
     """Ask the retry policy; where the policy itself fails, there is no retry, and the record says so."""
-    if not isinstance(outcome, Failed):
+    if isinstance(outcome, Success):
         return Verdict(outcome.attempt_end())
     failed_attempts = counts.failed + 1
     policy = task.retry
@@ -88,14 +88,16 @@ def checkpoint_of(
     """
     attempt = claim.attempt
     assert attempt is not None, "only an open attempt can end"
+    execution = claim.execution
+    then = _after_success(claim, template, goes_on) if verdict.succeeded else _after_failure(claim, verdict)
     return Checkpoint(
-        execution_id=claim.execution.execution_id,
-        epoch=claim.execution.epoch,
-        worker=attempt.worker,
-        step=attempt.flow_execution_step,
-        end=verdict.end,
-        then=_after_success(claim, template, goes_on) if verdict.succeeded else _after_failure(claim, verdict),
-        lease_seconds=lease_seconds,
+        execution.execution_id,
+        execution.epoch,
+        attempt.worker,
+        attempt.flow_execution_step,
+        verdict.end,
+        then,
+        lease_seconds,
     )
 
 
@@ -110,7 +112,7 @@ def start_over(claim: Claim, why: str, lease_seconds: float) -> Checkpoint:
         worker=attempt.worker,
         step=attempt.flow_execution_step,
         end=end,
-        then=NextAttempt(attempt.task_index, attempt.name, attempt.attempt + 1),
+        then=attempt._replace(flow_execution_step=attempt.flow_execution_step + 1, attempt=attempt.attempt + 1),
         lease_seconds=lease_seconds,
     )
 
@@ -128,7 +130,7 @@ def claim_after(claim: Claim, verdict: Verdict, recorded: Recorded) -> Claim:
 def _rested(claim: Claim, recorded: Recorded, context: ExecutionContext) -> FlowExecution:
     """The execution as its row is after a checkpoint that has taken it out of RUNNING."""
     then, attempt = recorded.then, claim.attempt
-    if recorded.updated_at is None or attempt is None or isinstance(then, NextAttempt):
+    if recorded.updated_at is None or attempt is None or isinstance(then, OpenAttempt):
         return claim.execution
     return claim.execution.model_copy(
         update={
@@ -157,19 +159,20 @@ def limit_of(claim: Claim, template: FlowTemplate, task: Task, name: str) -> Lim
     return UNLIMITED if seconds is None else Limit(seconds, TaskTimeoutError(name, seconds))
 
 
-def _after_success(claim: Claim, template: FlowTemplate, goes_on: bool) -> NextAttempt | Rest:
+def _after_success(claim: Claim, template: FlowTemplate, goes_on: bool) -> OpenAttempt | Rest:
     attempt = claim.attempt
     assert attempt is not None, "only an open attempt can succeed"
     index = attempt.task_index + 1
-    if template.get_task(index) is None:
+    names = template.task_names
+    if index >= len(names):
         return Rest(FlowStatus.SUCCEEDED, index)
     if claim.deadline is not None and template.timeout_seconds is not None and time.monotonic() >= claim.deadline:
         error = FlowTimeoutError(template.name, template.timeout_seconds)
         return Rest(FlowStatus.FAILED, index, Failed(error).summary)
     if not goes_on:
         return Rest(FlowStatus.RESCHEDULED, index, STOPPED.reason)
-    name = template.task_names[index]
-    return NextAttempt(index, name, claim.counts_of(name).started + 1)
+    name = names[index]
+    return OpenAttempt(attempt.flow_execution_step + 1, index, name, claim.counts_of(name).started + 1, attempt.worker)
 
 
 def _after_failure(claim: Claim, verdict: Verdict) -> Rest:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection
 
-from ebbs_and_flows.checkpoints import Checkpoint, NextAttempt
+from ebbs_and_flows.checkpoints import Checkpoint, OpenAttempt
 from ebbs_and_flows.context import ContextDelta
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowStatus
-from ebbs_and_flows.persistence.contexts import delta_to_row
+from ebbs_and_flows.persistence.contexts import delta_to_texts
 from ebbs_and_flows.persistence.repositories import NewExecution
-from ebbs_and_flows.persistence.rows import BatchStatements, Moved, Row, Rows
+from ebbs_and_flows.persistence.rows import ENTRIES, OUTPUT, BatchStatements, Moved, Row, Rows
 
 MAX_ROWS = 500
 """How many rows go into one statement at most: SQLite takes 32,766 parameters (https://sqlite.org/limits.html)."""
@@ -29,7 +29,7 @@ class CheckpointBatch:
         room = 0
         for checkpoint in checkpoints:
             row = _to_row(checkpoint)
-            size = len(row["entries"] or "") + len(row["output"] or "")
+            size = len(row[OUTPUT] or "") + len(row[ENTRIES] or "")
             if not self.chunks or size > room or len(self.chunks[-1]) == MAX_ROWS:
                 self.chunks.append(Rows())
                 room = MAX_TEXT
@@ -72,10 +72,10 @@ class Batches:
         """Insert an execution for each context, all alike else; their ids, in the order of the contexts."""
         ids: list[int] = []
         for first in range(0, len(deltas), MAX_ROWS):
-            rows = [delta_to_row(each) for each in deltas[first : first + MAX_ROWS]]
+            texts = [delta_to_texts(each) for each in deltas[first : first + MAX_ROWS]]
             added = self._statements.add_scheduled(
                 self._connection,
-                len(rows),
+                len(texts),
                 {
                     "template_name": new.template_name,
                     "priority": new.priority,
@@ -84,9 +84,9 @@ class Batches:
                     "delay_seconds": new.delay_seconds,
                 },
             )
-            given = [
-                {"execution_id": execution_id, "entries": row["entries"], "entry_types": row["entry_types"]}
-                for execution_id, row in zip(added, rows, strict=True)
+            given: list[Row] = [
+                (execution_id, entries, entry_types)
+                for execution_id, (entries, entry_types, _) in zip(added, texts, strict=True)
             ]
             self._statements.add_contexts(self._connection, Rows(given))
             ids += added
@@ -100,37 +100,18 @@ class Batches:
                 where none does.
         """
         for first in range(0, len(attempts), MAX_ROWS):
-            rows = [
-                {"execution_id": execution_id, "name": name, "attempt": attempt}
-                for execution_id, name, attempt in attempts[first : first + MAX_ROWS]
-            ]
-            self._statements.begin(self._connection, Rows(rows))
+            self._statements.begin(self._connection, Rows(list(attempts[first : first + MAX_ROWS])))
 
 
 def _to_row(checkpoint: Checkpoint) -> Row:
-    end, then = checkpoint.end, checkpoint.then
-    row: Row = {
-        "execution_id": checkpoint.execution_id,
-        "epoch": checkpoint.epoch,
-        "step": checkpoint.step,
-        "end_status": end.status.value,
-        "failure": end.failure.value if end.failure is not None else None,
-        "error_type": end.error_type,
-        "output": end.output,
-        **delta_to_row(end.delta),
-        "task_index": then.task_index,
-        "name": None,
-        "attempt": None,
-        "status": None,
-        "reason": None,
-        "wait_seconds": None,
-        "lease_seconds": checkpoint.lease_seconds,
-        "worker": checkpoint.worker,
-    }
-    if isinstance(then, NextAttempt):
-        row["name"], row["attempt"] = then.task_name, then.attempt
+    """The row, in the order of `CHECKPOINT_FIELDS`."""
+    execution_id, epoch, worker, step, end, then, lease_seconds = checkpoint
+    failure = None if end.failure is None else end.failure.value
+    ended = (execution_id, epoch, step, end.status.value, failure, end.error_type, end.output)
+    if isinstance(then, OpenAttempt):
+        follows: Row = (then.task_index, then.name, then.attempt, None, None, None)
     else:
         assert FlowStatus.RUNNING.allows(then.status), f"RUNNING -> {then.status}"
-        row["status"], row["reason"] = then.status.value, then.reason
-        row["wait_seconds"] = then.wait_seconds if then.status in RUNNABLE_STATUSES else None
-    return row
+        wait_seconds = then.wait_seconds if then.status in RUNNABLE_STATUSES else None
+        follows = (then.task_index, None, None, then.status.value, then.reason, wait_seconds)
+    return (*ended, *delta_to_texts(end.delta), *follows, lease_seconds, worker)

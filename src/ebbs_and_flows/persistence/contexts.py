@@ -118,14 +118,18 @@ def _read(execution: FlowExecution, delta: _Delta) -> ContextDelta:
 
 def delta_to_row(delta: ContextDelta | None) -> Mapping[str, str | None]:
     """The columns that keep a delta: all NULL where nothing has changed."""
-    if delta is None or not (delta.entries or delta.dropped):
-        return {"entries": None, "entry_types": None, "dropped": None}
-    entries, entry_types = dumps_entries(delta.entries)
-    return {
-        "entries": entries,
-        "entry_types": entry_types,
-        "dropped": json.dumps(delta.dropped) if delta.dropped else None,
-    }
+    entries, entry_types, dropped = delta_to_texts(delta) if delta is not None else _NOTHING
+    return {"entries": entries, "entry_types": entry_types, "dropped": dropped}
+
+
+def delta_to_texts(delta: ContextDelta) -> tuple[str | None, str | None, str | None]:
+    """The columns that keep a delta: its entries, their types, and the names of those that were dropped."""
+    if not (delta.entries or delta.dropped):
+        return _NOTHING
+    return (*dumps_entries(delta.entries), json.dumps(delta.dropped) if delta.dropped else None)
+
+
+_NOTHING = (None, None, None)
 
 
 def delta_of_row(row: Any) -> ContextDelta:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from json.encoder import encode_basestring_ascii as quote
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -64,7 +66,11 @@ WITH given AS MATERIALIZED (
     SELECT execution_id, step + 1, 'RUNNING', status, updated_at, worker, reason, task_index
     FROM moved WHERE status IS NOT NULL
 )
-SELECT execution_id, updated_at, run_at FROM moved
+SELECT
+    execution_id,
+    CASE WHEN status IS NOT NULL THEN updated_at END,
+    CASE WHEN status IS NOT NULL THEN run_at END
+FROM moved
 """
 
 # The first claim is from SCHEDULED, every later one from RESCHEDULED: there is no other way to RUNNING. A claim takes
@@ -123,21 +129,78 @@ FROM given JOIN {executions} AS execution ON execution.execution_id = given.exec
 class _Statement:
     """One statement over rows that are given as JSON. A batch of one says so, because it is planned in another way."""
 
-    def __init__(self, template: str, fields: Sequence[Field], **parts: str) -> None:
+    def __init__(
+        self,
+        template: str,
+        fields: Sequence[Field],
+        parts: Mapping[str, str],
+        encode: Callable[[Row], str] | None = None,
+    ) -> None:
         columns = ", ".join(f"{field.name} {field.type_name}" for field in fields)
         given = f"SELECT * FROM json_to_recordset(CAST(:given AS JSON)) AS given({columns})"
         self._many = text(template.format(given=given, **parts))
         self._one = text(template.format(given=f"{given} LIMIT 1", **parts))
         # As psycopg takes it: then a statement that was built once need not pass through SQLAlchemy's compiler.
+        self._encode = encode or partial(_to_object, _keys(fields))
         self._many_pyformat = self._many.text.replace(":given", "%(given)s")
         self._one_pyformat = self._one.text.replace(":given", "%(given)s")
 
+    def prepare(self, rows: Rows) -> str:
+        """A JSON array of objects, kept with the rows."""
+        if rows.text is None:
+            rows.text = f"[{','.join([self._encode(row) for row in rows.rows])}]"
+        return rows.text
+
     def run(self, connection: Connection, rows: Rows) -> Any:
-        is_one = len(rows) == 1
+        is_one, given = len(rows) == 1, {"given": self.prepare(rows)}
         if connection.dialect.paramstyle == "pyformat":
-            statement = self._one_pyformat if is_one else self._many_pyformat
-            return connection.exec_driver_sql(statement, {"given": rows.text})
-        return connection.execute(self._one if is_one else self._many, {"given": rows.text})
+            return connection.exec_driver_sql(self._one_pyformat if is_one else self._many_pyformat, given)
+        return connection.execute(self._one if is_one else self._many, given)
+
+
+def _to_object(keys: Sequence[str], row: Row) -> str:
+    """A JSON object of all that is not NULL: what is missing is NULL to the database."""
+    given = zip(keys, row, strict=True)
+    return f"{{{','.join([key + _to_json(value) for key, value in given if value is not None])}}}"
+
+
+def _to_json(value: str | float) -> str:
+    return quote(value) if isinstance(value, str) else repr(value)
+
+
+def _keys(fields: Sequence[Field]) -> tuple[str, ...]:
+    return tuple(f"{quote(field.name)}:" for field in fields)
+
+
+def _checkpoint_to_object(row: Row, keys: Sequence[str] = _keys(CHECKPOINT_FIELDS)) -> str:
+    """The same for a checkpoint. What nearly all are is written out, because that is by far the fastest: a task has
+    succeeded and changed something, and another one follows.
+    """
+    (
+        execution_id,
+        epoch,
+        step,
+        status,
+        _,
+        _,
+        output,
+        entries,
+        types,
+        dropped,
+        index,
+        name,
+        attempt,
+        *_,
+        lease,
+        worker,
+    ) = row
+    if output is not None or entries is None or dropped is not None or name is None:
+        return _to_object(keys, row)
+    return (
+        f'{{"execution_id":{execution_id},"epoch":{epoch},"step":{step},"end_status":"{status}",'
+        f'"entries":{quote(entries)},"entry_types":{quote(types)},"task_index":{index},"name":{quote(name)},'
+        f'"attempt":{attempt},"lease_seconds":{lease},"worker":{quote(worker)}}}'
+    )
 
 
 class PostgreSQLBatches:
@@ -151,20 +214,25 @@ class PostgreSQLBatches:
             "transitions": f"{prefix}ebbs_flow_transitions",
         }
         self._write = {
-            wait: _Statement(_WRITE_CHECKPOINTS, CHECKPOINT_FIELDS, skip_locked="" if wait else "SKIP LOCKED", **names)
+            wait: _Statement(
+                _WRITE_CHECKPOINTS,
+                CHECKPOINT_FIELDS,
+                {**names, "skip_locked": "" if wait else "SKIP LOCKED"},
+                _checkpoint_to_object,
+            )
             for wait in (True, False)
         }
         self._add_scheduled = text(_ADD_SCHEDULED.format(**names))
-        self._add_contexts = _Statement(_ADD_CONTEXTS, CONTEXT_FIELDS, **names)
-        self._begin = _Statement(_BEGIN, BEGIN_FIELDS, **names)
+        self._add_contexts = _Statement(_ADD_CONTEXTS, CONTEXT_FIELDS, names)
+        self._begin = _Statement(_BEGIN, BEGIN_FIELDS, names)
 
     def prepare(self, rows: Rows) -> None:
-        rows.text  # noqa: B018  # it is kept
+        self._write[False].prepare(rows)
 
     def write_checkpoints(self, connection: Connection, rows: Rows, *, wait: bool) -> list[Moved]:
-        return [Moved(row[0], row[1], row[2]) for row in self._write[wait].run(connection, rows)]
+        return [Moved._make(row) for row in self._write[wait].run(connection, rows)]
 
-    def add_scheduled(self, connection: Connection, count: int, new: Row) -> list[int]:
+    def add_scheduled(self, connection: Connection, count: int, new: Mapping[str, Any]) -> list[int]:
         return sorted(connection.scalars(self._add_scheduled, {**new, "count": count}))
 
     def add_contexts(self, connection: Connection, rows: Rows) -> None:

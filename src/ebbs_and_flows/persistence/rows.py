@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Connection
 
-Row = dict[str, Any]
+Row = tuple[Any, ...]
+"""The values of one row, in the order of its fields."""
 
 
 class Rows:
@@ -19,22 +20,16 @@ class Rows:
 
     def __init__(self, rows: list[Row] | None = None) -> None:
         self.rows: list[Row] = rows if rows is not None else []
+        self.text: str | None = None
+        """The form in which a database takes them that reads them as one text."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @cached_property
-    def text(self) -> str:
-        """A JSON array of objects."""
-        return _JSON.encode(self.rows)
-
-    @cached_property
-    def values(self) -> tuple[Any, ...]:
+    def values(self) -> Row:
         """All values of the first row, then all of the second, and so on."""
-        return tuple(chain.from_iterable([row.values() for row in self.rows]))
-
-
-_JSON = json.JSONEncoder(check_circular=False, separators=(",", ":"))
+        return tuple(chain.from_iterable(self.rows))
 
 
 @dataclass(frozen=True)
@@ -68,17 +63,25 @@ CHECKPOINT_FIELDS = (
     Field("worker", "TEXT"),
 )
 
+OUTPUT, ENTRIES, NAME = (
+    next(place for place, field in enumerate(CHECKPOINT_FIELDS) if field.name == name)
+    for name in ("output", "entries", "name")
+)
+"""The places of these in a row of a checkpoint."""
+
 CONTEXT_FIELDS = (Field("execution_id", "BIGINT"), Field("entries", "TEXT"), Field("entry_types", "TEXT"))
 
 BEGIN_FIELDS = (Field("execution_id", "BIGINT"), Field("name", "TEXT"), Field("attempt", "INTEGER"))
 
 
 class Moved(NamedTuple):
-    """An execution that a checkpoint has moved on, with its new times as the driver gives them (`to_utc`)."""
+    """An execution that a checkpoint has moved on; where it has come to rest and was waited for, with its times as the
+    driver gives them (`to_utc`).
+    """
 
     execution_id: int
-    updated_at: datetime | str
-    run_at: datetime | str
+    updated_at: datetime | str | None
+    run_at: datetime | str | None
 
 
 class BatchStatements(Protocol):
@@ -95,7 +98,7 @@ class BatchStatements(Protocol):
             wait: whether to wait for what somebody else has locked; else that is left out.
         """
 
-    def add_scheduled(self, connection: Connection, count: int, new: Row) -> list[int]:
+    def add_scheduled(self, connection: Connection, count: int, new: Mapping[str, Any]) -> list[int]:
         """Insert executions that are SCHEDULED and alike; their ids, in ascending order.
 
         Args:

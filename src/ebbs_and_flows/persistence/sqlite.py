@@ -12,7 +12,7 @@ from sqlalchemy.pool import QueuePool
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.expressions import database_now, latest, seconds_from_now, statement_now
-from ebbs_and_flows.persistence.sqlite_batches import SQLiteBatches
+from ebbs_and_flows.persistence.sqlite_batches import SQLiteBatches, begin_write
 
 BUSY_TIMEOUT_SECONDS = 30.0
 """How long a writer waits for another one before `database is locked`."""
@@ -42,14 +42,7 @@ class SQLite:
         return SQLiteBatches()
 
     def begin_write(self, connection: Connection) -> None:
-        """Take the write lock at once: a transaction that read first and writes later could be refused without
-        waiting.
-        """
-        if not connection.in_transaction():
-            connection.begin()
-        # An engine of the host may begin transactions itself; then it is begun already, in the host's way.
-        if not _is_in_transaction(connection):
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        begin_write(connection)
 
     def insert(self, table: Table) -> Insert:
         return insert(table)
@@ -73,10 +66,6 @@ class SQLite:
 
     def can_listen(self, engine: Engine) -> bool:
         return False
-
-
-def _is_in_transaction(connection: Connection) -> bool:
-    return bool(getattr(connection.connection.driver_connection, "in_transaction", False))
 
 
 def create_sqlite_engine(url: URL) -> Engine:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, text
+from sqlalchemy.exc import IntegrityError
 
-from ebbs_and_flows.persistence.rows import BEGIN_FIELDS, CHECKPOINT_FIELDS, CONTEXT_FIELDS, Field, Moved, Row, Rows
+from ebbs_and_flows.persistence.rows import (
+    BEGIN_FIELDS,
+    CHECKPOINT_FIELDS,
+    CONTEXT_FIELDS,
+    NAME,
+    Field,
+    Moved,
+    Rows,
+)
 from ebbs_and_flows.persistence.tables import UtcDateTime
 
 _NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'"
@@ -23,18 +32,13 @@ WHERE ebbs_flow_executions.execution_id = given.execution_id
     AND given.name IS {absent} NULL
 RETURNING execution_id, updated_at, run_at
 """
-_ADVANCE = f"""
-{{given}}
-UPDATE ebbs_flow_executions SET
+_ADVANCED = f"""
     execution_step = execution_step + 1,
     current_task_index = given.task_index,
     updated_at = max({_NOW}, updated_at),
     lease_expires_at = strftime('%Y-%m-%d %H:%M:%f', 'now', given.lease_seconds || ' seconds') || '000'
-{_HELD.replace("{absent}", "NOT")}
 """
-_LEAVE = f"""
-{{given}}
-UPDATE ebbs_flow_executions SET
+_LEFT = f"""
     status = given.status,
     execution_step = execution_step + 1,
     current_task_index = given.task_index,
@@ -44,8 +48,9 @@ UPDATE ebbs_flow_executions SET
     run_at = CASE WHEN given.wait_seconds IS NULL THEN run_at
         ELSE strftime('%Y-%m-%d %H:%M:%f', 'now', given.wait_seconds || ' seconds') || '000' END,
     finished_at = CASE WHEN given.status IN ('SUCCEEDED', 'FAILED', 'CANCELLED') THEN max({_NOW}, updated_at) END
-{_HELD.replace("{absent}", "")}
 """
+_ADVANCE = f"{{given}} UPDATE ebbs_flow_executions SET {_ADVANCED} {_HELD.replace('{absent}', 'NOT')}"
+_LEAVE = f"{{given}} UPDATE ebbs_flow_executions SET {_LEFT} {_HELD.replace('{absent}', '')}"
 _END = """
 {given}
 UPDATE ebbs_task_executions SET
@@ -84,6 +89,58 @@ SELECT
     given.task_index
 FROM given CROSS JOIN ebbs_flow_executions AS execution
 WHERE execution.execution_id = given.execution_id AND given.status IS NOT NULL
+"""
+
+# All that a checkpoint writes, said once more as what the insertion of its row into a view does. So a batch is one
+# statement, which is also its transaction: while SQLite works at it, other threads have the interpreter, and between
+# two statements they would keep it. As temporary objects they are there for one connection, and leave no trace.
+_VIEW = f"""
+CREATE TEMP VIEW IF NOT EXISTS ebbs_checkpoints AS
+SELECT {", ".join(f"NULL AS {field.name}" for field in CHECKPOINT_FIELDS)}
+"""
+_REFUSED = "ebbs: refused"
+_HELD_BY_ROW = f"""
+WHERE execution_id = NEW.execution_id AND status = 'RUNNING' AND epoch = NEW.epoch AND execution_step = NEW.step;
+SELECT RAISE(ABORT, '{_REFUSED}') WHERE changes() = 0
+"""
+_END_BY_ROW = """
+UPDATE ebbs_task_executions SET
+    status = NEW.end_status,
+    failure = NEW.failure,
+    error_type = NEW.error_type,
+    output = NEW.output,
+    entries = NEW.entries,
+    entry_types = NEW.entry_types,
+    dropped = NEW.dropped,
+    finished_at = (SELECT updated_at FROM ebbs_flow_executions WHERE execution_id = NEW.execution_id)
+WHERE flow_execution_id = NEW.execution_id AND flow_execution_step = NEW.step AND status = 'RUNNING'
+"""
+_ADVANCE_BY_ROW = f"""
+CREATE TEMP TRIGGER IF NOT EXISTS ebbs_advance INSTEAD OF INSERT ON ebbs_checkpoints WHEN NEW.name IS NOT NULL BEGIN
+    UPDATE ebbs_flow_executions SET {_ADVANCED.replace("given.", "NEW.")} {_HELD_BY_ROW};
+    {_END_BY_ROW};
+    INSERT INTO ebbs_task_executions (
+        flow_execution_id, flow_execution_step, task_index, name, attempt, epoch, status, started_at, worker
+    )
+    SELECT
+        execution_id, NEW.step + 1, NEW.task_index, NEW.name, NEW.attempt, NEW.epoch, 'RUNNING', updated_at, NEW.worker
+    FROM ebbs_flow_executions WHERE execution_id = NEW.execution_id;
+END
+"""
+_LEAVE_BY_ROW = f"""
+CREATE TEMP TRIGGER IF NOT EXISTS ebbs_leave INSTEAD OF INSERT ON ebbs_checkpoints WHEN NEW.name IS NULL BEGIN
+    UPDATE ebbs_flow_executions SET {_LEFT.replace("given.", "NEW.")} {_HELD_BY_ROW};
+    {_END_BY_ROW};
+    INSERT INTO ebbs_flow_transitions (
+        flow_execution_id, flow_execution_step, from_status, to_status, at, worker, reason, task_index
+    )
+    SELECT execution_id, NEW.step + 1, 'RUNNING', NEW.status, updated_at, NEW.worker, NEW.reason, NEW.task_index
+    FROM ebbs_flow_executions WHERE execution_id = NEW.execution_id;
+END
+"""
+_WRITE_ALL = """
+{given}
+INSERT INTO ebbs_checkpoints SELECT * FROM given
 """
 
 # The first claim is from SCHEDULED, every later one from RESCHEDULED: there is no other way to RUNNING. A claim takes
@@ -167,6 +224,7 @@ class SQLiteBatches:
         self._end = _Statement(_END, CHECKPOINT_FIELDS)
         self._begin_next = _Statement(_BEGIN_NEXT, CHECKPOINT_FIELDS)
         self._rest = _Statement(_REST, CHECKPOINT_FIELDS)
+        self._write_all = _Statement(_WRITE_ALL, CHECKPOINT_FIELDS)
         self._add_scheduled = text(_ADD_SCHEDULED.replace("%H:%M:%f", r"%H\:%M\:%f")).bindparams(
             bindparam("run_at", type_=UtcDateTime())
         )
@@ -178,13 +236,21 @@ class SQLiteBatches:
         rows.values  # noqa: B018  # it is kept
 
     def write_checkpoints(self, connection: Connection, rows: Rows, *, wait: bool) -> list[Moved]:
-        goes_on = any(row["name"] is not None for row in rows.rows)
-        rests = any(row["name"] is None for row in rows.rows)
+        goes_on = any(row[NAME] is not None for row in rows.rows)
+        rests = any(row[NAME] is None for row in rows.rows)
+        if not (wait and rests) and _has_view(connection):
+            try:
+                self._write_all.run(connection, rows)
+                return [Moved(row[0], None, None) for row in rows.rows]
+            except IntegrityError as error:
+                if _REFUSED not in str(error.orig):
+                    raise
+        begin_write(connection)
         moved = self._move(connection, self._advance, rows) if goes_on else []
         moved += self._move(connection, self._leave, rows) if rests else []
         if len(moved) < len(rows):
             ids = {each.execution_id for each in moved}
-            rows = Rows([row for row in rows.rows if row["execution_id"] in ids])
+            rows = Rows([row for row in rows.rows if row[0] in ids])
             if not rows.rows:
                 return []
         self._end.run(connection, rows)
@@ -197,7 +263,7 @@ class SQLiteBatches:
     def _move(self, connection: Connection, statement: _Statement, rows: Rows) -> list[Moved]:
         return [Moved(*row) for row in statement.run(connection, rows)]
 
-    def add_scheduled(self, connection: Connection, count: int, new: Row) -> list[int]:
+    def add_scheduled(self, connection: Connection, count: int, new: Mapping[str, Any]) -> list[int]:
         return sorted(connection.scalars(self._add_scheduled, {**new, "count": count}))
 
     def add_contexts(self, connection: Connection, rows: Rows) -> None:
@@ -206,3 +272,32 @@ class SQLiteBatches:
     def begin(self, connection: Connection, rows: Rows) -> None:
         self._claim.run(connection, rows)
         self._begin_first.run(connection, rows)
+
+
+def _has_view(connection: Connection) -> bool:
+    """Whether a batch can be written as rows of a view: it is made when a connection is used for that first."""
+    if connection.info.get(_VIEW_KEY):
+        return True
+    if is_in_transaction(connection):
+        return False  # whose rollback would take the view with it
+    for statement in (_VIEW, _ADVANCE_BY_ROW, _LEAVE_BY_ROW):
+        connection.exec_driver_sql(statement)
+    connection.info[_VIEW_KEY] = not is_in_transaction(connection)
+    return bool(connection.info[_VIEW_KEY])
+
+
+def begin_write(connection: Connection) -> None:
+    """Take the write lock at once: a transaction that read first and writes later could be refused without waiting."""
+    if not connection.in_transaction():
+        connection.begin()
+    # An engine of the host may begin transactions itself; then it is begun already, in the host's way.
+    if not is_in_transaction(connection):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def is_in_transaction(connection: Connection) -> bool:
+    """Whether SQLite itself has a transaction open, whatever SQLAlchemy thinks."""
+    return bool(getattr(connection.connection.driver_connection, "in_transaction", False))
+
+
+_VIEW_KEY = "ebbs_checkpoints"
