@@ -6,7 +6,6 @@ import copy
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar, overload
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -97,15 +96,16 @@ class ExecutionContext(Mapping[str, Any]):
     _dropped: dict[str, None]
 
     def __init__(self, mapping: Mapping[str, Any] | None = None, /, **entries: Any) -> None:
-        self._entries = {}
         self._frozen = False
-        self._base = None
-        self._touched = {}
-        self._dropped = {}
         if isinstance(mapping, ExecutionContext):
             self._copy_from(mapping)
-        elif mapping is not None:
-            self._add(mapping)
+        else:
+            self._entries = {}
+            self._base = None
+            self._touched = {}
+            self._dropped = _NOTHING
+            if mapping is not None:
+                self._add(mapping)
         if entries:
             self._add(entries)
 
@@ -224,7 +224,7 @@ class ExecutionContext(Mapping[str, Any]):
             DuplicateEntryError: a new name is already there.
             InvalidContextError: `mapping` is no mapping.
         """
-        copied = ExecutionContext(self)
+        copied = self._copy()
         if mapping is not None:
             copied._add(mapping)
         if new:
@@ -243,9 +243,7 @@ class ExecutionContext(Mapping[str, Any]):
             if key is None:
                 raise MissingEntryError(name, self._entries)
             left_out[key] = None
-        smaller = ExecutionContext()
-        smaller._copy_from(self, left_out)
-        return smaller
+        return self._copy(left_out)
 
     # --- storing ---
 
@@ -343,22 +341,31 @@ class ExecutionContext(Mapping[str, Any]):
         context._touched = context._dropped = _NOTHING
         return context
 
-    def _copy_from(self, other: ExecutionContext, left_out: Mapping[str, None] = MappingProxyType({})) -> None:
+    def _copy(self, left_out: dict[str, None] | None = None) -> ExecutionContext:
+        """A mutable copy, less some entries."""
+        copied: ExecutionContext = ExecutionContext.__new__(ExecutionContext)
+        copied._frozen = False
+        copied._copy_from(self, left_out)
+        return copied
+
+    def _copy_from(self, other: ExecutionContext, left_out: dict[str, None] | None = None) -> None:
         """Take over another context's entries, less some, and what it remembers of where they come from."""
-        self._entries = other._entries.copy()
+        entries = self._entries = other._entries.copy()
         if other._frozen:
             self._base = other._entries
-            self._dropped = dict(left_out)
+            self._touched = {}
+            self._dropped = left_out or _NOTHING
         else:
             self._base = other._base
             self._touched = other._touched.copy()
-            self._dropped = {**other._dropped, **left_out}
-        for name in left_out:
-            del self._entries[name]
+            self._dropped = {**other._dropped, **left_out} if left_out else other._dropped
+        if left_out:
+            for name in left_out:
+                del entries[name]
         for name in self._touched:
-            entry = self._entries.get(name)
+            entry = entries.get(name)
             if isinstance(entry, _Live):
-                self._entries[name] = entry.copy()
+                entries[name] = entry.copy()
 
     def _delta_from_own_base(self, base: dict[str, EncodedValue | _Live]) -> ContextDelta:
         entries = {}
@@ -391,7 +398,7 @@ class ExecutionContext(Mapping[str, Any]):
 
 
 _NOTHING: dict[str, None] = {}
-"""What a read-only context has touched and dropped. Shared, and never written to: all of that is refused before."""
+"""What a read-only context has touched, and what most have dropped. Shared, and never written to."""
 
 
 def _apply(delta: ContextDelta, entries: dict[str, EncodedValue]) -> None:

@@ -106,12 +106,32 @@ class Batches:
 def _to_row(checkpoint: Checkpoint) -> Row:
     """The row, in the order of `CHECKPOINT_FIELDS`."""
     execution_id, epoch, worker, step, end, then, lease_seconds = checkpoint
-    failure = None if end.failure is None else end.failure.value
-    ended = (execution_id, epoch, step, end.status.value, failure, end.error_type, end.output)
+    status, delta, failure, error_type, output = end
+    entries, types, dropped = delta_to_texts(delta)
+    name = attempt = then_status = reason = wait_seconds = None
     if isinstance(then, OpenAttempt):
-        follows: Row = (then.task_index, then.name, then.attempt, None, None, None)
+        name, attempt = then.name, then.attempt
     else:
         assert FlowStatus.RUNNING.allows(then.status), f"RUNNING -> {then.status}"
+        then_status, reason = then.status.value, then.reason
         wait_seconds = then.wait_seconds if then.status in RUNNABLE_STATUSES else None
-        follows = (then.task_index, None, None, then.status.value, then.reason, wait_seconds)
-    return (*ended, *delta_to_texts(end.delta), *follows, lease_seconds, worker)
+    return (
+        execution_id,
+        epoch,
+        step,
+        status.value,
+        None if failure is None else failure.value,
+        error_type,
+        output,
+        entries,
+        types,
+        dropped,
+        then.task_index,
+        name,
+        attempt,
+        then_status,
+        reason,
+        wait_seconds,
+        lease_seconds,
+        worker,
+    )
