@@ -14,7 +14,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False  # a Python that is not installed is reported as skipped
-nox.options.sessions = ["lint", "types", "wheel", "tests"]
+nox.options.sessions = ["lint", "types", "docs", "wheel", "tests"]
 
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
@@ -87,11 +87,14 @@ def curves(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, format and the direction of imports."""
-    session.install(*group("lint"))
+    """Check style, format, the direction of imports, and whether a migration would hold up PostgreSQL."""
+    session.install(".", *group("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("lint-imports", env={"PYTHONPATH": "src"})
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "tests/migrations_sql.py", folder)
+        session.run("squawk", *map(str, sorted(Path(folder).glob("*.sql"))))
 
 
 @nox.session
@@ -99,6 +102,13 @@ def types(session: nox.Session) -> None:
     """Check the types of the library."""
     session.install(".[postgres,cli]", *group("types"))
     session.run("mypy")
+
+
+@nox.session(python=INSTALLED[-1][0])
+def docs(session: nox.Session) -> None:
+    """Build the docs as a site in site/, and check it: a warning or a link that leads nowhere is an error."""
+    session.install(".[postgres,cli]", *group("docs"))
+    session.run("python", "docs/site/build.py")
 
 
 @nox.session

@@ -7,12 +7,11 @@ from alembic import context
 from sqlalchemy import create_engine, pool
 
 from ebbs_and_flows.persistence.tables import build_tables
-
-VERSION_TABLE = "ebbs_alembic_version"
+from ebbs_and_flows.schema import SCHEMA_OPTION, VERSION_TABLE
 
 
 def configure(**how: object) -> None:
-    schema = context.config.attributes.get("schema")
+    schema = context.config.get_alembic_option(SCHEMA_OPTION)
     context.configure(
         target_metadata=build_tables(schema).metadata,
         version_table=VERSION_TABLE,
@@ -21,6 +20,8 @@ def configure(**how: object) -> None:
         **how,
     )
     with context.begin_transaction():
+        for statement in context.config.attributes.get("first", ()):
+            context.execute(statement)
         context.run_migrations()
 
 
@@ -29,7 +30,9 @@ def run() -> None:
     if context.is_offline_mode():
         dialect = attributes.get("dialect")
         url = None if dialect else context.config.get_main_option("sqlalchemy.url")
-        configure(url=url, dialect_name=dialect, literal_binds=True)
+        # A part of a host's script stands in the host's transaction.
+        transactional = False if attributes.get("is_part") else None
+        configure(url=url, dialect_name=dialect, literal_binds=True, transactional_ddl=transactional)
     elif "connection" in attributes:
         configure(connection=attributes["connection"])
     else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import URL
 
+from tests import pgbouncer
 from tests.postgres import PostgresServer, running_server
 
 if TYPE_CHECKING:
@@ -111,6 +112,14 @@ def _text(url: URL) -> str:
 
 
 # --- no silent skips: `pytest --no-skips` ------------------------------------------------------------------------
+
+
+def pytest_report_header() -> str | None:
+    return (
+        None
+        if pgbouncer.PROGRAM
+        else "left out: tests/acceptance/test_pgbouncer.py, because PgBouncer is not installed"
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,6 @@
 """Ebbs and Flows: linear flows of tasks that survive anything, kept in your own SQL database."""
 
-from ebbs_and_flows import schema
+from ebbs_and_flows import grants, schema
 from ebbs_and_flows.codec import ValueCodec, register_codec, register_type
 from ebbs_and_flows.context import ExecutionContext
 from ebbs_and_flows.errors import (
@@ -16,6 +16,7 @@ from ebbs_and_flows.errors import (
     InvalidNameError,
     LeaseLostError,
     MigrationError,
+    MigrationTimeoutError,
     MissingEntryError,
     MissingInputError,
     SchemaError,
@@ -78,6 +79,7 @@ __all__ = [
     "InvalidNameError",
     "LeaseLostError",
     "MigrationError",
+    "MigrationTimeoutError",
     "MissingEntryError",
     "MissingInputError",
     "PickleCodec",
@@ -104,6 +106,7 @@ __all__ = [
     "Worker",
     "WorkerHealth",
     "WorkerStateError",
+    "grants",
     "raise_if_stop_requested",
     "register_codec",
     "register_type",

@@ -150,9 +150,18 @@ def connection_of(session: Session | Connection | None) -> Connection | None:
         if hasattr(session, "run_sync"):
             hint = "; from asyncio: await session.run_sync(lambda sync: runner.schedule_flow(..., session=sync))"
         raise InvalidArgumentError("session", session, f"a sqlalchemy.orm.Session or sqlalchemy.Connection{hint}")
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+    if _commits_each_statement(connection):
         raise InvalidArgumentError("session", session, "a transaction; at AUTOCOMMIT there is none to join")
     return connection
+
+
+def _commits_each_statement(connection: Connection) -> bool:
+    """Whether it is at AUTOCOMMIT, by the driver's own account: its engine may have been made so."""
+    pooled = connection.connection
+    if pooled.dbapi_connection is None or not connection.dialect.detect_autocommit_setting(pooled.dbapi_connection):
+        return False
+    # SQLite's driver says the same where a host begins its transactions itself; then there is one by now.
+    return not getattr(pooled.driver_connection, "in_transaction", False)
 
 
 def way_out(status: FlowStatus) -> str:

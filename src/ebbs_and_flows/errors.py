@@ -392,6 +392,24 @@ class MigrationError(EbbsError, ValueError):
         super().__init__(f"the schema cannot be brought to revision {_shown(revision)}: {problem}")
 
 
+class MigrationTimeoutError(EbbsError, TimeoutError):
+    """A migration gave up waiting, or was cut off: nothing of it was done.
+
+    Attributes:
+        limit: the argument that bounds it, `"lock_timeout_seconds"` or `"statement_timeout_seconds"`.
+        timeout_seconds: its value, `None` where the session has a bound of its own.
+    """
+
+    def __init__(self, limit: str, timeout_seconds: float | None, found: str, next_step: str) -> None:
+        self.limit = limit
+        self.timeout_seconds = timeout_seconds
+        within = "the time that its session sets" if timeout_seconds is None else f"{timeout_seconds:g} seconds"
+        super().__init__(
+            f"the schema was not changed: {found} within {within}: {next_step}, and run this again, or allow more with "
+            f"{limit}"
+        )
+
+
 class DatabaseUrlError(EbbsError, ValueError):
     """A database URL or engine that cannot be used."""
 

@@ -9,7 +9,7 @@ from threading import Barrier
 
 import pytest
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from ebbs_and_flows import (
@@ -179,6 +179,36 @@ def test_a_session_that_cannot_be_joined_is_refused(runner: FlowRunner, session:
     runner.register_flow_template(FlowTemplate("t", [task(lambda: None)]))
     with pytest.raises(InvalidArgumentError):
         runner.schedule_flow("t", session=session)  # type: ignore[arg-type]  # that is the test
+
+
+@pytest.mark.parametrize("database", ["postgresql"])
+def test_a_statement_that_a_pooler_has_lost_names_the_way_out(database_url: str) -> None:
+    from ebbs_and_flows.persistence.databases import create_engine_for, said
+
+    engine = create_engine_for(f"{database_url}&prepare_threshold=0")
+    with engine.connect() as connection:
+        connection.execute(text("SELECT 1"))
+        # Unseen by the driver: as if the next statement came to another connection.
+        connection.connection.driver_connection.pgconn.exec_(b"DEALLOCATE ALL")  # type: ignore[union-attr]
+        with pytest.raises(DBAPIError) as caught:
+            connection.execute(text("SELECT 1"))
+    assert "prepare_threshold=none" in said(caught.value)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("database", ["postgresql"])
+@pytest.mark.parametrize(("given", "expected"), [("none", None), ("None", None), ("0", 0), ("7", 7)])
+def test_a_url_can_say_when_statements_are_prepared(database_url: str, given: str, expected: int | None) -> None:
+    with FlowService(f"{database_url}&prepare_threshold={given}") as service, service.engine.connect() as connection:
+        assert connection.connection.driver_connection.prepare_threshold == expected  # type: ignore[union-attr]
+        assert service.get_runnable_flow() is None
+
+
+@pytest.mark.parametrize("given", ["never", "-1"])
+def test_a_prepare_threshold_that_is_none_of_these_is_refused(given: str) -> None:
+    with pytest.raises(DatabaseUrlError, match="prepare_threshold") as caught:
+        FlowService(f"postgresql://ebbs:s3cret@host/flows?prepare_threshold={given}")
+    assert "s3cret" not in str(caught.value)
 
 
 def test_a_database_that_is_read_only_says_so_and_nothing_is_half_done(tmp_path: Path) -> None:

@@ -34,8 +34,9 @@ EXAMPLES: list[EbbsError] = [
     errors.UnknownExecutionError(17),
     errors.TransitionError(17, "FAILED", "RUNNING"),
     errors.LeaseLostError(17, 2),
-    errors.SchemaError(None, "0001"),
+    errors.SchemaError(None, "ebbs_0001"),
     errors.MigrationError("9999", "there is none"),
+    errors.MigrationTimeoutError("lock_timeout_seconds", 10.0, "a lock was not free", "look for long transactions"),
     errors.DatabaseUrlError("no URL"),
 ]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 
 from ebbs_and_flows import schema as database_schema
 from ebbs_and_flows.cli.documents import print_json
+from ebbs_and_flows.cli.grants import grants
 from ebbs_and_flows.cli.target import (
     DatabaseUrlOption,
     JsonOption,
@@ -18,11 +19,30 @@ from ebbs_and_flows.cli.target import (
     find_target,
 )
 from ebbs_and_flows.cli.terminal import safe, say
+from ebbs_and_flows.errors import SchemaError
+from ebbs_and_flows.persistence.timeouts import LOCK_TIMEOUT_SECONDS, STATEMENT_TIMEOUT_SECONDS
 
 app = typer.Typer(help="Bring the schema up to date, and see where it is.", no_args_is_help=True, rich_markup_mode=None)
 
 MISSING = "none"
 """What stands for a revision where there is no schema."""
+
+LockTimeoutOption: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--lock-timeout-seconds",
+        metavar="SECONDS",
+        help="How long to wait for each lock; 0: as long as the role's own setting says.",
+    ),
+]
+StatementTimeoutOption: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--statement-timeout-seconds",
+        metavar="SECONDS",
+        help="How long each statement may take (PostgreSQL), and another upgrade that is going on; 0: as above.",
+    ),
+]
 
 
 @app.command()
@@ -34,19 +54,32 @@ def upgrade(
     sql: Annotated[
         bool, typer.Option("--sql", help="Print the SQL instead; needs no database, by default for PostgreSQL.")
     ] = False,
+    lock_timeout_seconds: LockTimeoutOption = LOCK_TIMEOUT_SECONDS,
+    statement_timeout_seconds: StatementTimeoutOption = STATEMENT_TIMEOUT_SECONDS,
     database_url: DatabaseUrlOption = None,
     schema: SchemaOption = None,
 ) -> None:
     """Bring the schema up to this release.
 
-    Safe to run from many processes at once: one does the work, all succeed.
+    Safe to run from many processes at once: one does the work, all succeed. What cannot be done in time is not done at
+    all: exit code 1, and the schema is as it was.
     """
+    lock, statement = lock_timeout_seconds or None, statement_timeout_seconds or None
     if sql:
         dialect, schema = find_dialect(ctx, database_url, schema)
-        typer.echo(database_schema.sql(dialect, revision, schema=schema), nl=False)
+        script = database_schema.sql(
+            dialect, revision, schema=schema, lock_timeout_seconds=lock, statement_timeout_seconds=statement
+        )
+        typer.echo(script, nl=False)
         return
     target = find_target(ctx, database_url, schema)
-    reached = database_schema.upgrade(target.engine_url, revision, schema=target.schema)
+    reached = database_schema.upgrade(
+        target.engine_url,
+        revision,
+        schema=target.schema,
+        lock_timeout_seconds=lock,
+        statement_timeout_seconds=statement,
+    )
     say(f"Schema is at {reached or MISSING}.")
 
 
@@ -58,6 +91,8 @@ def downgrade(
     sql: Annotated[
         bool, typer.Option("--sql", help="Print the SQL instead, from this release's revision or from FROM:TO.")
     ] = False,
+    lock_timeout_seconds: LockTimeoutOption = LOCK_TIMEOUT_SECONDS,
+    statement_timeout_seconds: StatementTimeoutOption = STATEMENT_TIMEOUT_SECONDS,
     database_url: DatabaseUrlOption = None,
     schema: SchemaOption = None,
 ) -> None:
@@ -65,9 +100,18 @@ def downgrade(
 
     What does not fit there is lost, so it asks first.
     """
+    lock, statement = lock_timeout_seconds or None, statement_timeout_seconds or None
     if sql:
         dialect, schema = find_dialect(ctx, database_url, schema)
-        typer.echo(database_schema.sql(dialect, revision, schema=schema, downgrade=True), nl=False)
+        script = database_schema.sql(
+            dialect,
+            revision,
+            schema=schema,
+            downgrade=True,
+            lock_timeout_seconds=lock,
+            statement_timeout_seconds=statement,
+        )
+        typer.echo(script, nl=False)
         return
     target = find_target(ctx, database_url, schema)
     found = target.current()
@@ -77,7 +121,13 @@ def downgrade(
     if not yes and not _confirmed(target, found, revision):
         say("error: nothing was changed; --yes answers the question beforehand.")
         raise typer.Exit(1)
-    reached = database_schema.downgrade(target.engine_url, revision, schema=target.schema)
+    reached = database_schema.downgrade(
+        target.engine_url,
+        revision,
+        schema=target.schema,
+        lock_timeout_seconds=lock,
+        statement_timeout_seconds=statement,
+    )
     say(f"Schema is at {reached or MISSING}.")
 
 
@@ -108,14 +158,17 @@ def check(
     database_url: DatabaseUrlOption = None,
     schema: SchemaOption = None,
 ) -> None:
-    """Exit with 3 unless the schema is up to date.
+    """Exit with 3 unless the schema is up to date, and print the command that brings it there.
 
     One that is newer than this release needs is accepted. Writes nothing.
     """
     target = find_target(ctx, database_url, schema)
     try:
         target.check()
-    except NoSuchFileError as error:
+    except (NoSuchFileError, SchemaError) as error:
+        typer.echo("ebbs db upgrade" if target.schema is None else f"ebbs db upgrade --schema {target.schema}")
+        if isinstance(error, SchemaError):
+            raise
         say(f"error: {error}")
         raise typer.Exit(3) from error
     differences = target.differences() if deep else []
@@ -125,6 +178,9 @@ def check(
         say("error: the tables differ from those of this release, as listed on stdout.")
         raise typer.Exit(3)
     say(f"Schema is at {target.current() or MISSING}, this release needs {database_schema.REVISION}.")
+
+
+app.command()(grants)
 
 
 def _confirmed(target: Target, found: str, revision: str) -> bool:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Protocol
 
 from sqlalchemy import URL, Connection, Engine, Select, Table, TextClause, Update, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError
-from sqlalchemy.pool import QueuePool, SingletonThreadPool, StaticPool
+from sqlalchemy.pool import AssertionPool, QueuePool, SingletonThreadPool, StaticPool
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.postgresql import PostgreSQL, create_postgresql_engine
 from ebbs_and_flows.persistence.rows import BatchStatements
-from ebbs_and_flows.persistence.sqlite import SQLite, create_sqlite_engine
+from ebbs_and_flows.persistence.sqlite import SQLite, check_memory_is_shared, create_sqlite_engine
+
+_LOST_STATEMENTS = ("26000", "42P05")
+"""invalid_sql_statement_name and duplicate_prepared_statement: what was prepared on another of a pooler's connections;
+https://www.postgresql.org/docs/current/errcodes-appendix.html
+"""
 
 
 class Database(Protocol):
@@ -40,8 +46,8 @@ class Database(Protocol):
     def lock_free(self, rows: Select[Any]) -> Select[Any]:
         """The same SELECT, which locks its rows and passes over those that somebody else has locked."""
 
-    def try_lock(self, connection: Connection, name: str) -> bool:
-        """Take a lock of this name until the transaction ends; False where another transaction has it."""
+    def try_lock(self, connection: Connection, name: str, table: Table) -> bool:
+        """Take a lock of this name on a table until the transaction ends; False where another transaction has it."""
 
     def select_ids(self) -> TextClause:
         """A SELECT of the ids in the parameter `the_ids`, a JSON array."""
@@ -63,27 +69,60 @@ def database_of(engine: Engine) -> Database:
     """The database behind an engine.
 
     Raises:
-        DatabaseUrlError: neither SQLite nor PostgreSQL, or an engine for asyncio.
+        DatabaseUrlError: neither SQLite nor PostgreSQL, an engine for asyncio, or one whose connections do not share
+            their database in memory.
     """
     if not isinstance(engine, Engine):
         hint = ": pass its sync_engine" if hasattr(engine, "sync_engine") else ""
         raise DatabaseUrlError(f"expected a database URL or a SQLAlchemy Engine, not {type(engine).__name__}{hint}")
     _check_is_sync(engine.dialect)
     if engine.dialect.name == "sqlite":
+        check_memory_is_shared(engine)
         return SQLite()
     if engine.dialect.name == "postgresql":
         return PostgreSQL()
     raise DatabaseUrlError(f"flows are kept in PostgreSQL or SQLite, not in {engine.dialect.name}")
 
 
+def check_schema_name(schema: str | None, dialect: str) -> None:
+    """Raise `DatabaseUrlError` unless a named schema can be used: PostgreSQL's, with a name that needs no thought."""
+    if schema is None:
+        return
+    if dialect != "postgresql":
+        raise DatabaseUrlError(f"schema={schema!r} is for PostgreSQL: {dialect} has no named schemas")
+    if not isinstance(schema, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_$]{0,62}", schema):
+        raise DatabaseUrlError(
+            f"schema={schema!r} cannot be used: letters, digits, _ and $, not beginning with a digit, "
+            "at most 63 characters"
+        )
+
+
+def check_untranslated(engine: Engine | Connection, schema: str | None) -> None:
+    """Raise `DatabaseUrlError` where a `schema_translate_map` would move this library's tables to another schema.
+
+    Some of its statements are text, which SQLAlchemy does not translate: half of them would go elsewhere.
+    """
+    translations = engine.get_execution_options().get("schema_translate_map") or {}
+    if translations.get(schema, schema) == schema:
+        return
+    tables = "tables without a schema" if schema is None else f"those in the schema {schema!r}"
+    way_out = "use an engine or a connection without it"
+    if engine.dialect.name == "postgresql":
+        way_out = f"name the schema that holds them, for example FlowService(engine, schema={translations[schema]!r})"
+    raise DatabaseUrlError(
+        f"schema_translate_map sends {tables} to {translations[schema]!r}, which this library's tables do not follow: "
+        f"{way_out}"
+    )
+
+
 def capacity_of(engine: Engine) -> int | None:
     """How many connections the engine's pool gives out at once; `None` where it has no bound.
 
     Raises:
-        DatabaseUrlError: its pool lets threads share a connection, and with it a transaction.
+        DatabaseUrlError: its pool lets threads share a connection, and with it a transaction, or has but one for all.
     """
     pool = engine.pool
-    if isinstance(pool, (StaticPool, SingletonThreadPool)):
+    if isinstance(pool, (AssertionPool, StaticPool, SingletonThreadPool)):
         raise DatabaseUrlError(
             f"a worker's threads need connections of their own, and this engine's {type(pool).__name__} gives none: "
             "use a QueuePool, or FlowService('sqlite://') for a database in memory"
@@ -111,7 +150,10 @@ def is_refusal(error: DBAPIError) -> bool:
 
 def said(error: Exception) -> str:
     """What the database said, on one line, without SQLAlchemy's own explanations; for logs."""
-    return " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
+    words = " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
+    if getattr(getattr(error, "orig", error), "sqlstate", None) in _LOST_STATEMENTS:
+        words += " (behind a pooler in transaction mode add ?prepare_threshold=none to the URL, see docs/databases.md)"
+    return words
 
 
 def is_lost_savepoint(error: BaseException) -> bool:

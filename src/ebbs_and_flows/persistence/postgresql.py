@@ -29,6 +29,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.expressions import database_now, latest, seconds_from_now, statement_now
+from ebbs_and_flows.persistence.isolation import isolated
 from ebbs_and_flows.persistence.postgresql_batches import PostgreSQLBatches
 
 
@@ -42,10 +43,10 @@ class PostgreSQL:
 
         The claim and the fence are reasoned for it; a host's engine may stand at AUTOCOMMIT or SERIALIZABLE.
         """
-        return engine.execution_options(isolation_level="READ COMMITTED")
+        return isolated(engine, "READ COMMITTED")
 
     def without_transactions(self, engine: Engine) -> Engine:
-        return engine.execution_options(isolation_level="AUTOCOMMIT")
+        return isolated(engine, "AUTOCOMMIT")
 
     def plan_anew(self, connection: Connection) -> None:
         connection.execute(_DISCARD_PLANS)
@@ -74,10 +75,12 @@ class PostgreSQL:
     def lock_free(self, rows: Select[Any]) -> Select[Any]:
         return rows.with_for_update(skip_locked=True, key_share=True)
 
-    def try_lock(self, connection: Connection, name: str) -> bool:
-        # Advisory locks are numbers, shared with the host: 64 bits of a digest are unlikely to be one of its own.
+    def try_lock(self, connection: Connection, name: str, table: Table) -> bool:
+        # Advisory locks are numbers, shared with the host: 64 bits of a digest are unlikely to be one of its own. The
+        # table's own number tells two installations apart, whether a schema is named or found by the search_path.
         number = int.from_bytes(hashlib.sha256(f"ebbs {name}".encode()).digest()[:8], "big", signed=True)
-        return bool(connection.scalar(_TRY_LOCK, {"number": number}))
+        table_name = connection.dialect.identifier_preparer.format_table(table)
+        return bool(connection.scalar(_TRY_LOCK, {"number": number, "table_name": table_name}))
 
     def announce(self, connection: Connection, channel: str) -> None:
         connection.execute(_NOTIFY, {"channel": channel})
@@ -94,7 +97,10 @@ UNTRIED_SECONDS = 1.0
 
 _USED_AT = "ebbs_used_at"
 
-_TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(CAST(:number AS BIGINT))")
+_TRY_LOCK = text(
+    "SELECT pg_try_advisory_xact_lock("
+    "CAST(:number AS BIGINT) # CAST(CAST(CAST(:table_name AS REGCLASS) AS OID) AS BIGINT))"
+)
 _DISCARD_PLANS = text("DISCARD PLANS")
 _NOTIFY = text("SELECT pg_notify(CAST(:channel AS TEXT), '')")
 
@@ -104,9 +110,13 @@ def create_postgresql_engine(url: URL) -> Engine:
 
     A connection that was not used for some time is tried first: one that the server has dropped meanwhile is replaced,
     not an error.
+
+    Raises:
+        DatabaseUrlError: its driver is missing, or `prepare_threshold` in it is neither a number nor `none`.
     """
+    url, options = _with_prepare_threshold(url)
     try:
-        engine = create_engine(url, hide_parameters=True)
+        engine = create_engine(url, hide_parameters=True, connect_args=options)
     except ModuleNotFoundError as error:
         raise DatabaseUrlError(
             f"the PostgreSQL driver {error.name!r} is not installed: pip install 'ebbs-and-flows[postgres]'"
@@ -114,6 +124,21 @@ def create_postgresql_engine(url: URL) -> Engine:
     event.listen(engine, "checkin", _note_use)
     event.listen(engine, "checkout", partial(_try_it, engine.dialect))
     return engine
+
+
+def _with_prepare_threshold(url: URL) -> tuple[URL, dict[str, Any]]:
+    """The URL, and what psycopg takes as a number or None only: after how many runs it prepares a statement.
+
+    A pooler in transaction mode may need `?prepare_threshold=none`
+    (https://www.psycopg.org/psycopg3/docs/advanced/prepare.html#using-prepared-statements-with-pgbouncer).
+    """
+    given = url.query.get("prepare_threshold")
+    if given is None or url.get_driver_name() != "psycopg":
+        return url, {}
+    if not isinstance(given, str) or not (given.lower() == "none" or given.isdecimal()):
+        raise DatabaseUrlError(f"prepare_threshold={given!r} in the URL cannot be used: expected none, or a number")
+    threshold = None if given.lower() == "none" else int(given)
+    return url.difference_update_query(["prepare_threshold"]), {"prepare_threshold": threshold}
 
 
 def _note_use(_connection: object, record: ConnectionPoolEntry) -> None:

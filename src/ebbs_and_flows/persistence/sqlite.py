@@ -8,11 +8,11 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, Select, Table, TextClause, Update, create_engine, event, text, update
 from sqlalchemy.dialects.sqlite import Insert, insert
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import QueuePool, SingletonThreadPool, StaticPool
 
 from ebbs_and_flows.errors import DatabaseUrlError
 from ebbs_and_flows.persistence.expressions import database_now, latest, seconds_from_now, statement_now
-from ebbs_and_flows.persistence.sqlite_batches import SQLiteBatches, begin_write
+from ebbs_and_flows.persistence.sqlite_batches import SQLiteBatches, begin_write, is_in_transaction
 
 BUSY_TIMEOUT_SECONDS = 30.0
 """How long a writer waits for another one before `database is locked`."""
@@ -54,7 +54,7 @@ class SQLite:
     def lock_free(self, rows: Select[Any]) -> Select[Any]:
         return rows
 
-    def try_lock(self, connection: Connection, name: str) -> bool:
+    def try_lock(self, connection: Connection, name: str, table: Table) -> bool:
         """The write lock of the transaction is the lock."""
         return True
 
@@ -86,12 +86,28 @@ def create_sqlite_engine(url: URL) -> Engine:
         options.update(poolclass=QueuePool, pool_size=1, max_overflow=0, pool_timeout=BUSY_TIMEOUT_SECONDS)
     engine = create_engine(url, **options)
     event.listen(engine, "connect", _set_pragmas)
+    event.listen(engine, "savepoint", _begin_before)
     return engine
 
 
 def is_in_memory(url: URL) -> bool:
     """Whether this URL names no file."""
     return url.database in (None, "", ":memory:") or ":memory:" in url.database or url.query.get("mode") == "memory"
+
+
+def check_memory_is_shared(engine: Engine) -> None:
+    """Raise `DatabaseUrlError` where each connection of a given engine would have a database in memory of its own."""
+    pool = engine.pool
+    if not is_in_memory(engine.url) or "cache=shared" in (engine.url.database or ""):
+        return
+    if engine.url.query.get("cache") == "shared" or isinstance(pool, (SingletonThreadPool, StaticPool)):
+        return
+    if isinstance(pool, QueuePool) and pool.size() == 1 and getattr(pool, "_max_overflow", 0) == 0:
+        return
+    raise DatabaseUrlError(
+        f"each connection of this engine's {type(pool).__name__} has a database in memory of its own: use a file, "
+        "poolclass=StaticPool, or FlowService('sqlite://')"
+    )
 
 
 def _set_pragmas(connection: Any, _record: object) -> None:
@@ -102,6 +118,14 @@ def _set_pragmas(connection: Any, _record: object) -> None:
     if cursor.execute("PRAGMA journal_mode").fetchone()[0] not in ("wal", "memory"):
         _switch_to_wal(cursor)
     cursor.close()
+
+
+def _begin_before(connection: Connection, _savepoint: str | None) -> None:
+    """A caller's transaction may begin with a savepoint. The driver would send that alone, and its release would commit
+    what the caller may still roll back (https://docs.python.org/3/library/sqlite3.html#transaction-control).
+    """
+    if not is_in_transaction(connection):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _switch_to_wal(cursor: sqlite3.Cursor) -> None:

@@ -8,9 +8,11 @@ from types import TracebackType
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
+from ebbs_and_flows.errors import InvalidArgumentError
 from ebbs_and_flows.persistence.batches import Batches
 from ebbs_and_flows.persistence.contexts import Contexts
-from ebbs_and_flows.persistence.databases import Database
+from ebbs_and_flows.persistence.databases import Database, check_untranslated
+from ebbs_and_flows.persistence.isolation import connect
 from ebbs_and_flows.persistence.repositories import Attempts, Executions, Transitions
 from ebbs_and_flows.persistence.statements import Statements
 
@@ -45,7 +47,7 @@ class UnitOfWork:
 
     def __enter__(self) -> UnitOfWork:
         if self._joined is None:
-            self.connection = self._engine.connect() if self._kept is None else self._as_the_engine_is(self._kept)
+            self.connection = connect(self._engine) if self._kept is None else self._as_the_engine_is(self._kept)
             try:
                 if self._writes:
                     self._database.begin_write(self.connection)
@@ -54,6 +56,10 @@ class UnitOfWork:
                 raise
             self._transaction = self.connection.get_transaction()
         else:
+            if self._joined.dialect.name != self._database.name:
+                expected = f"one on this service's {self._database.name} database, not on {self._joined.dialect.name}"
+                raise InvalidArgumentError("session", self._joined, expected)
+            check_untranslated(self._joined, self._statements.tables.metadata.schema)
             self.connection = self._joined
         return self
 
@@ -128,7 +134,7 @@ class UnitOfWork:
 
     def try_lock(self, name: str) -> bool:
         """Take a lock of this name until the transaction ends; False where another transaction has it."""
-        return self._database.try_lock(self.connection, f"{self._statements.tables.metadata.schema or ''} {name}")
+        return self._database.try_lock(self.connection, name, self._statements.tables.executions)
 
     def session(self) -> Session:
         """A Session within this transaction, for a transactional task.

@@ -1,15 +1,17 @@
 """Executions, attempts and transitions.
 
-Revision ID: 0001
+Revision ID: ebbs_0001
 Revises:
 """
 
 import sqlalchemy as sa
-from alembic import context, op
+from alembic import op
 
-revision = "0001"
+from ebbs_and_flows.schema import in_step, named_schema
+
+revision = "ebbs_0001"
 down_revision = None
-branch_labels = None
+branch_labels = ("ebbs",)
 depends_on = None
 
 Id = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
@@ -21,8 +23,9 @@ TASK_STATUSES = "('RUNNING', 'SUCCEEDED', 'FAILED')"
 FAILURES = "('EXCEPTION', 'TIMEOUT', 'LOST', 'STOPPED', 'CANCELLED')"
 
 
+@in_step(revision, down_revision)
 def upgrade() -> None:
-    schema = context.config.attributes.get("schema")
+    schema = named_schema()
     executions = f"{schema}.ebbs_flow_executions" if schema else "ebbs_flow_executions"
 
     op.create_table(
@@ -143,8 +146,9 @@ def _quoted(schema: str | None) -> str:
     return f"{quote(schema)}." if schema else ""
 
 
+@in_step(revision, down_revision)
 def downgrade() -> None:
-    schema = context.config.attributes.get("schema")
+    schema = named_schema()
     op.drop_table("ebbs_flow_transitions", schema=schema)
     op.drop_table("ebbs_task_executions", schema=schema)
     op.drop_table("ebbs_flow_executions", schema=schema)
