@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, overload
 
 from ebbs_and_flows.errors import TypeRegistrationError
 from ebbs_and_flows.records import CONTAINERS, field_annotations, is_record, unwrap
-from ebbs_and_flows.scalars import DECODERS, ENCODERS
+from ebbs_and_flows.scalars import DECODERS, ENCODERS, is_zoned_name
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -114,9 +114,13 @@ class TypeRegistry:
     def registration_named(self, name: str) -> Registration | None:
         """Give the registration of a stored type name, its fields' classes registered as well."""
         registration = self._by_name.get(name)
-        if registration is not None and not registration.fields_declared:
-            self._declare_fields(registration.cls, {registration.cls})
-            registration.fields_declared = True
+        if registration is None:
+            # It may be of a class that is known only as the type of another one's field.
+            for other in list(self._by_name.values()):
+                self._declare_fields_of(other)
+            registration = self._by_name.get(name)
+        if registration is not None:
+            self._declare_fields_of(registration)
         return registration
 
     def name_of(self, cls: type) -> str:
@@ -182,6 +186,12 @@ class TypeRegistry:
                 return
         self._declare_fields(cls, seen)
 
+    def _declare_fields_of(self, registration: Registration) -> None:
+        """Done when it is first needed, not when a class is registered: its annotations may name later ones."""
+        if not registration.fields_declared:
+            self._declare_fields(registration.cls, {registration.cls})
+            registration.fields_declared = True
+
     def _declare_fields(self, cls: type, seen: set[type]) -> None:
         for annotation in field_annotations(cls).values():
             self._declare(annotation, seen)
@@ -237,6 +247,11 @@ def register_codec(cls: type[T], codec: ValueCodec[T], *, name: str | None = Non
         TypeRegistrationError: the class is one that is stored exactly already, or the name is taken by another class.
     """
     REGISTRY.register_codec(cls, codec, name)
+
+
+def is_builtin_name(type_name: str) -> bool:
+    """Whether this is the name of a type of the library's own, which needs no registration."""
+    return type_name in _BUILTIN_NAMES or is_zoned_name(type_name)
 
 
 def default_name(cls: type) -> str:

@@ -81,7 +81,7 @@ class Task(ABC):
 
         Args:
             context: read-only; what the task before returned.
-            args, kwargs: only there so that `TransactionalTask.run` may take a session as well (mypy reads
+            *args, **kwargs: only there so that `TransactionalTask.run` may take a session as well (mypy reads
                 `*args: Any, **kwargs: Any` as "any further parameters").
 
         Returns:

@@ -226,8 +226,8 @@ def test_a_schema_of_another_release_is_told_apart(doctor: Ebbs, service: FlowSe
         with service.engine.begin() as connection:
             connection.execute(text(f"UPDATE {schema.VERSION_TABLE} SET version_num = :new"), {"new": revision})
 
-    set_revision("9999")
-    assert finding(service, "schema").found == f"at 9999, newer than {schema.REVISION}"
+    set_revision("ebbs_9999")
+    assert finding(service, "schema").found == f"at ebbs_9999, newer than {schema.REVISION}"
     set_revision("0000")
     database, behind = diagnose(service)
     assert (database.verdict, behind.verdict) == (OK, PROBLEM)

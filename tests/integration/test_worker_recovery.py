@@ -367,8 +367,9 @@ def test_what_the_database_will_never_store_fails_its_attempt_and_no_other(
     assert "The database refused to store what the task returned." in (attempt.output or "")
 
 
+@pytest.mark.parametrize("damage", ["""entry_types = '{"other": "int"}'""", "dropped = '17'"])
 def test_a_damaged_context_parks_its_execution_and_no_other(
-    service: FlowService, runner: FlowRunner, worker: Worker, outside: Outside
+    service: FlowService, runner: FlowRunner, worker: Worker, outside: Outside, damage: str
 ) -> None:
     runner.register_flow_template(abc(outside))
     damaged = runner.schedule_flow("abc", {"order": 17})
@@ -376,10 +377,8 @@ def test_a_damaged_context_parks_its_execution_and_no_other(
     with service.engine.begin() as connection:
         connection.execute(
             text(
-                'UPDATE ebbs_flow_transitions SET entry_types = \'{"other": "int"}\' '
-                "WHERE entries IS NOT NULL AND flow_execution_id = :id"
+                f"UPDATE ebbs_flow_transitions SET {damage} WHERE entries IS NOT NULL AND flow_execution_id = {damaged}"
             ),
-            {"id": damaged},
         )
     worker.run(until_idle=True)
     assert service.get_flow_execution(well).status is FlowStatus.SUCCEEDED

@@ -703,6 +703,14 @@ def test_a_class_comes_back_only_if_registered() -> None:
         assert caught.value.type_name == f"{__name__}.Unregistered"
 
 
+def test_the_classes_of_a_registered_ones_fields_come_back_by_themselves() -> None:
+    registry = TypeRegistry()
+    registry.register(Order)
+    line = Line(sku="A-1", price=Decimal("1.50"))
+    # No Order has been read or written with this registry before.
+    assert decode_value(encode_value(line, "line"), registry=registry) == line
+
+
 def test_an_entry_of_unknown_type_survives_loading_and_dumping() -> None:
     texts = ('{"a":{"x":[1.50e3,{"$type":"gone","value":"\\ud83d\\ude00"}]},"b":-0.0}', '{"a":"shop.Gone","b":"float"}')
     loaded = loads_entries(*texts)

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from ebbs_and_flows.cli import db, runs
 from ebbs_and_flows.cli.apps import AppError
+from ebbs_and_flows.cli.check import check
 from ebbs_and_flows.cli.doctor import doctor
 from ebbs_and_flows.cli.target import DATABASE_URL_VARIABLE, SCHEMA_VARIABLE, Settings, Target
 from ebbs_and_flows.cli.terminal import one_line, say
@@ -32,12 +33,13 @@ Exit codes:
      the worker broke; the doctor found a problem
   2  usage: unknown option, no database given, a URL or an app that cannot be used
   3  the schema is missing, behind or altered: run "ebbs db upgrade"
+  4  check: the new code would park or break executions, or never take them up
 
 \b
 Data goes to stdout, messages to stderr. NO_COLOR=1 turns colours off."""
 
 
-ORDER = ("worker", "runs", "doctor", "db")
+ORDER = ("worker", "runs", "check", "doctor", "db")
 """The commands as the help lists them: in the order in which they are needed."""
 
 
@@ -74,6 +76,7 @@ app = typer.Typer(
 app.add_typer(db.app, name="db")
 app.add_typer(runs.app, name="runs")
 app.command()(worker)
+app.command()(check)
 app.command()(doctor)
 
 

@@ -11,7 +11,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ebbs_and_flows.cli.documents import is_known
 from ebbs_and_flows.cli.terminal import (
     STYLES,
     can_show,
@@ -35,6 +34,7 @@ from ebbs_and_flows.executions import (
     TaskExecution,
     TaskStatus,
 )
+from ebbs_and_flows.registry import is_builtin_name
 
 LAST_LINES = 8
 """How many lines of a traceback are shown unless all are asked for: the error stands at its end."""
@@ -211,7 +211,7 @@ def _print_context(console: Console, execution: FlowExecution, *, full: bool) ->
         shown = value_text(encoded, None if full else LONGEST_PREVIEW)
         table.add_row(
             Text.assemble("  ", cell(name), no_wrap=True, overflow="ellipsis"),
-            cell(encoded.type_name, "" if is_known(encoded.type_name) else "magenta"),
+            cell(encoded.type_name, "" if is_builtin_name(encoded.type_name) else "magenta"),
             Text(shown, overflow="fold") if full else Text(shown, no_wrap=True, overflow="ellipsis"),
         )
     print_trimmed(console, table)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
 from ebbs_and_flows.cli.documents import print_json
+from ebbs_and_flows.cli.findings import Entry, print_entries, tally
 from ebbs_and_flows.cli.target import (
     DatabaseUrlOption,
     JsonOption,
@@ -19,14 +17,9 @@ from ebbs_and_flows.cli.target import (
     Target,
     find_target,
 )
-from ebbs_and_flows.cli.terminal import open_console, print_trimmed, safe, say
+from ebbs_and_flows.cli.terminal import say
 from ebbs_and_flows.diagnosis import Finding, Verdict, diagnose, reach, unreachable
 from ebbs_and_flows.service import FlowService
-
-STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "bold red"}
-
-UNCUT = 10_000
-"""Columns that no line needs: where stdout is no terminal, each finding is one line."""
 
 
 def doctor(
@@ -71,33 +64,5 @@ def _findings(target: Target) -> list[Finding]:
 
 
 def _print(findings: Sequence[Finding], target: Target) -> None:
-    console = open_console(needed_width=UNCUT)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in findings:
-        table.add_row(
-            Text(str(finding.verdict), style=STYLES[finding.verdict]),
-            Text(finding.check),
-            _said(finding, target, console),
-        )
-    print_trimmed(console, table)
-    counts = [(sum(each.verdict is verdict for each in findings), verdict) for verdict in Verdict]
-    say(", ".join(f"{number} {_plural(verdict, number)}" for number, verdict in reversed(counts) if number))
-
-
-def _said(finding: Finding, target: Target, console: Console) -> Text:
-    """What was found and, below it on a terminal and beside it elsewhere, the way out."""
-    text = Text(safe(finding.found))
-    if finding.advice is not None:
-        advice = finding.advice
-        if target.schema is not None:
-            advice = advice.replace('"ebbs db upgrade"', f'"ebbs db upgrade --schema {target.schema}"')
-        text.append("\n-> " if console.is_terminal else " -> ", style="bold")
-        text.append(safe(advice), style="bold" if finding.verdict is Verdict.PROBLEM else "")
-    return text
-
-
-def _plural(verdict: Verdict, number: int) -> str:
-    return str(verdict) if verdict is Verdict.OK or number == 1 else f"{verdict}s"
+    print_entries([Entry(each.verdict, each.check, each.found, advice=each.advice) for each in findings], target.schema)
+    say(tally(each.verdict for each in findings))

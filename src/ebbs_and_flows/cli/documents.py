@@ -10,9 +10,7 @@ import typer
 
 from ebbs_and_flows.codec import EncodedValue
 from ebbs_and_flows.executions import FlowExecution, FlowTransition, TaskExecution
-from ebbs_and_flows.scalars import DECODERS, is_zoned_name
-
-CONTAINERS = frozenset({"list", "tuple", "set", "frozenset", "dict"})
+from ebbs_and_flows.registry import is_builtin_name
 
 
 def print_json(document: object) -> None:
@@ -47,10 +45,5 @@ def run_document(
     )
 
 
-def is_known(type_name: str) -> bool:
-    """Whether this is a type of the library's own, which needs no registration."""
-    return type_name in DECODERS or type_name in CONTAINERS or is_zoned_name(type_name)
-
-
 def _natural(encoded: EncodedValue) -> Any:
-    return encoded.node if is_known(encoded.type_name) else {"$type": encoded.type_name, "value": encoded.node}
+    return encoded.node if is_builtin_name(encoded.type_name) else {"$type": encoded.type_name, "value": encoded.node}

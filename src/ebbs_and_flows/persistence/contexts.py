@@ -59,12 +59,12 @@ class Contexts:
         if not executions:
             return {}
         ids = {"the_ids": json.dumps([execution.execution_id for execution in executions])}
-        deltas: dict[int, list[_Delta]] = defaultdict(list)
+        deltas: dict[int, list[Delta]] = defaultdict(list)
         for row in self._connection.execute(self._statements.transition_deltas, ids):
-            deltas[row.flow_execution_id].append(_Delta(row, row.flow_execution_step, row.task_index, None))
+            deltas[row.flow_execution_id].append(Delta(row, row.flow_execution_step, row.task_index, None))
         for done in self._connection.execute(self._statements.attempt_deltas, ids) if has_run else ():
-            deltas[done.flow_execution_id].append(_Delta(done, done.flow_execution_step, done.task_index, done.name))
-        return {execution.execution_id: _fold(execution, deltas[execution.execution_id]) for execution in executions}
+            deltas[done.flow_execution_id].append(Delta(done, done.flow_execution_step, done.task_index, done.name))
+        return {each.execution_id: _progress(each, deltas[each.execution_id]) for each in executions}
 
     def with_contexts(self, executions: Sequence[FlowExecution]) -> list[FlowExecution]:
         """The same executions with their contexts."""
@@ -73,7 +73,9 @@ class Contexts:
 
 
 @dataclass(frozen=True)
-class _Delta:
+class Delta:
+    """A row that keeps a delta, and where it stands: at which step, before or after which task."""
+
     row: Any
     step: int
     task_index: int
@@ -85,22 +87,31 @@ class _Delta:
         return 2 * self.task_index + (0 if self.task_name is None else 1)
 
 
-def _fold(execution: FlowExecution, deltas: Iterable[_Delta]) -> Progress:
-    """Replay the deltas by step: a later one at the same or an earlier place supersedes what stood from there on.
+def standing(deltas: Iterable[Delta], task_index: int) -> list[Delta]:
+    """Replay deltas by step: those that stand for an execution at this index, in order.
 
-    That is what a re-run from an earlier task means: the results after it are history, not context.
+    A later one at the same or an earlier place supersedes what stood from there on. That is what a re-run from an
+    earlier task means: the results after it are history, not context.
     """
-    standing: list[_Delta] = []
+    stack: list[Delta] = []
     for delta in sorted(deltas, key=lambda each: each.step):
-        if delta.step > execution.execution_step:
-            break
-        while standing and (
-            standing[-1].place > delta.place or (standing[-1].place == delta.place and delta.task_name is not None)
+        while stack and (
+            stack[-1].place > delta.place or (stack[-1].place == delta.place and delta.task_name is not None)
         ):
-            standing.pop()
-        standing.append(delta)
-    reached = [delta for delta in standing if delta.place <= 2 * execution.current_task_index]
-    completed = tuple([delta.task_name for delta in reached if delta.task_name is not None])
+            stack.pop()
+        stack.append(delta)
+    return [delta for delta in stack if delta.place <= 2 * task_index]
+
+
+def completed_in(deltas: Iterable[Delta]) -> tuple[str, ...]:
+    """The names of the tasks that are completed where these deltas stand, in order."""
+    return tuple([delta.task_name for delta in deltas if delta.task_name is not None])
+
+
+def _progress(execution: FlowExecution, deltas: Iterable[Delta]) -> Progress:
+    written = [delta for delta in deltas if delta.step <= execution.execution_step]
+    reached = standing(written, execution.current_task_index)
+    completed = completed_in(reached)
     try:
         folded = [_read(execution, delta) for delta in reached if delta.row.entries is not None]
     except UndecodableValueError as error:  # of this execution alone: the others that were asked for are well
@@ -108,7 +119,7 @@ def _fold(execution: FlowExecution, deltas: Iterable[_Delta]) -> Progress:
     return Progress(completed, ExecutionContext.folded(folded))
 
 
-def _read(execution: FlowExecution, delta: _Delta) -> ContextDelta:
+def _read(execution: FlowExecution, delta: Delta) -> ContextDelta:
     try:
         return delta_of_row(delta.row)
     except UndecodableValueError as error:
@@ -134,5 +145,8 @@ _NOTHING = (None, None, None)
 
 def delta_of_row(row: Any) -> ContextDelta:
     """The delta that a row keeps."""
-    dropped = tuple(json.loads(row.dropped)) if row.dropped is not None else ()
+    try:
+        dropped = tuple(json.loads(row.dropped)) if row.dropped is not None else ()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UndecodableValueError(None, "dropped", "the stored JSON is damaged") from error
     return ContextDelta(loads_entries(row.entries, row.entry_types), dropped)
