@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from sqlalchemy import create_engine, text
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
-from ebbs_and_flows import FlowService, FlowStatus
+from ebbs_and_flows import FlowRunner, FlowService, FlowStatus, FlowTemplate, task
+from tests.pages import blocks_of, check_requirement, commands_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +48,68 @@ def test_the_code_in_the_readme_runs(
             if statement.strip():
                 connection.execute(text(statement)).all()
     engine.dispose()
+
+
+SHOP = """
+import os
+
+from ebbs_and_flows import FlowRunner, FlowService, FlowTemplate, task
+
+@task
+def charge() -> None:
+    raise ConnectionError("the bank does not answer")
+
+runner = FlowRunner(FlowService(os.environ["EBBS_DATABASE_URL"]))
+runner.register_flow_template(FlowTemplate("order", [charge]))
+"""
+
+
+def test_the_commands_in_the_readme_do_what_it_says(tmp_path: Path, service: FlowService, database_url: str) -> None:
+    @task
+    def charge() -> None:
+        raise ConnectionError("the bank does not answer")
+
+    runner = FlowRunner(service)
+    runner.register_flow_template(FlowTemplate("order", [charge]))
+    runner.schedule_flows("order", [{}] * 17)
+    runner.run_until_idle()
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "flows.py").write_text(SHOP)
+    environment = dict(
+        os.environ,
+        EBBS_DATABASE_URL=database_url,
+        PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    )
+    run: list[str] = []
+    for command in commands_of(blocks_of((ROOT / "README.md").read_text(encoding="utf-8"))):
+        if command.startswith("pip install"):
+            check_requirement(command)
+        elif "nox -s" in command:
+            [session] = re.findall(r"nox -s (\w+)", command)
+            assert f"\ndef {session}(session" in (ROOT / "noxfile.py").read_text(encoding="utf-8")
+        elif not command.startswith("export EBBS_DATABASE_URL="):
+            until_idle = " --until-idle" if command.startswith("ebbs worker") else ""
+            done = subprocess.run(
+                f"{command}{until_idle}",
+                shell=True,
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stderr}"
+            run.append(command.split("--")[0].strip())
+    assert run == [
+        "ebbs db upgrade",
+        "ebbs worker",
+        "ebbs doctor",
+        "ebbs runs list",
+        "ebbs runs show 17",
+        "ebbs runs reschedule 17",
+    ]
+    assert service.get_flow_execution(17).status is FlowStatus.RESCHEDULED
 
 
 def test_each_program_in_the_docs_on_scaling_runs_by_itself(tmp_path: Path) -> None:
