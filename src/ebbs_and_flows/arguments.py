@@ -158,6 +158,8 @@ def connection_of(session: Session | Connection | None) -> Connection | None:
 def _commits_each_statement(connection: Connection) -> bool:
     """Whether it is at AUTOCOMMIT, by the driver's own account: its engine may have been made so."""
     pooled = connection.connection
+    if getattr(pooled.driver_connection, "autocommit", None) is True:  # from Python 3.12 on SQLite's driver has it, too
+        return True
     if pooled.dbapi_connection is None or not connection.dialect.detect_autocommit_setting(pooled.dbapi_connection):
         return False
     # SQLite's driver says the same where a host begins its transactions itself; then there is one by now.

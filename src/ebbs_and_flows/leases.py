@@ -22,6 +22,8 @@ RENEWALS_PER_LEASE = 3
 MAX_LOOK_SECONDS = 1.0
 """How often it looks, at least, whether what it holds was cancelled or claimed by somebody else."""
 
+STOP_SECONDS = 1.0
+"""How long its last look is waited for when it stops: a round trip as a rule, longer where the database is gone."""
 
 BATCH = 1000
 """How many leases are renewed in one statement; databases bound the parameters of one."""
@@ -76,10 +78,13 @@ class LeaseKeeper:
             self._holds.pop((worker, execution_id), None)
 
     def stop(self) -> None:
-        """Renew nothing any more."""
+        """Renew nothing any more, and wait for the connection on which it may just be looking, but not for long."""
         with self._condition:
             self._holds.clear()
             self._condition.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(STOP_SECONDS)
 
     def _has_rest(self) -> bool:
         """Whether nothing is held, so that the thread may end; called under the lock."""

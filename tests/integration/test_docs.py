@@ -23,8 +23,8 @@ HERE = "tests/integration/test_docs.py"
 README = "tests/integration/test_readme.py"
 DATABASES = "tests/integration/test_databases_docs.py"
 EMBEDDING = "tests/integration/test_embedding_docs.py"
-HOST_ALEMBIC = "tests/integration/test_host_alembic.py"
-OPERATIONS = "tests/integration/test_operations.py"
+HOST_ALEMBIC = "tests/acceptance/test_host_alembic.py"
+OPERATIONS = "tests/acceptance/test_operations.py"
 
 RUN_BY: dict[str, dict[str, str]] = {
     "README.md": {"python": README, "sh": README, "sql": README},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -455,6 +456,23 @@ def test_a_host_that_waits_for_no_lock_hears_of_it_and_its_worker_tries_again(ho
         other.rollback()
         wait_until(lambda: runner.service.get_flow_execution(1).status is FlowStatus.SUCCEEDED)
     other.close()
+
+
+if sys.version_info >= (3, 12):  # before, the driver has no such option
+
+    @pytest.mark.parametrize("database", ["sqlite"])
+    def test_a_driver_that_is_always_in_a_transaction_will_do(host_engine: MakeEngine) -> None:
+        live(runner_on(host_engine(connect_args={"autocommit": False, "timeout": 30})))
+
+    @pytest.mark.parametrize("database", ["sqlite"])
+    def test_a_driver_that_commits_no_transaction_is_refused(host_engine: MakeEngine) -> None:
+        engine = host_engine(connect_args={"autocommit": True})
+        runner = runner_on(engine)
+        with pytest.raises(DatabaseUrlError, match="autocommit"):
+            runner.schedule_flow("order", {"number": 1})
+        with Session(engine) as session, pytest.raises(InvalidArgumentError, match="AUTOCOMMIT"):
+            runner.schedule_flow("order", {"number": 1}, session=session)
+        assert runner.service.find_flow_executions() == []
 
 
 @pytest.mark.parametrize("database", ["sqlite"])

@@ -42,6 +42,12 @@ class SQLite:
         return SQLiteBatches()
 
     def begin_write(self, connection: Connection) -> None:
+        # https://docs.python.org/3/library/sqlite3.html#transaction-control-via-the-autocommit-attribute
+        if getattr(connection.connection.driver_connection, "autocommit", None) is True:
+            raise DatabaseUrlError(
+                "with autocommit=True the commit() of SQLite's driver does nothing: leave it out of connect_args, "
+                "or take autocommit=False"
+            )
         begin_write(connection)
 
     def insert(self, table: Table) -> Insert:
