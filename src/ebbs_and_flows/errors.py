@@ -7,6 +7,7 @@ was found, what was expected and what to do next.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 
@@ -244,10 +245,11 @@ class TemplateMismatchError(EbbsError, ValueError):
         self.template_name = template_name
         self.completed = tuple(completed)
         self.current = tuple(current)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(completed, current, strict=False)))
         super().__init__(
             f"template {template_name!r} has changed under this execution: it completed {list(completed)}, the "
             f"template is now {list(current)}. Deploy a template that begins with the completed tasks, or reschedule "
-            f"with from_task= one of the tasks that are unchanged before it"
+            f"from the first of them that differs, from_task={completed[same]!r}"
         )
 
 

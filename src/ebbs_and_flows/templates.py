@@ -158,7 +158,8 @@ class FlowTemplate:
                 if item.required:
                     raise TemplateError(
                         f"{owner} needs {item.name!r}, which neither the flow's inputs nor an earlier task provide; "
-                        f"provided so far: {sorted(available)}"
+                        f"provided so far: {sorted(available)}. What a flow is to be scheduled with, if not its "
+                        "first task's inputs alone, is named by FlowTemplate(..., inputs=[...])"
                     )
             elif not is_compatible(available[item.name], item.type):
                 raise TemplateError(

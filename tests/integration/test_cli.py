@@ -90,6 +90,18 @@ def is_harmless(output: str) -> bool:
 # --- runs list ----------------------------------------------------------------------------------------------------
 
 
+def test_what_a_deploy_has_parked_is_re_run_from_the_task_that_differs(ebbs: Ebbs, runner: FlowRunner) -> None:
+    execution_id = failed_flow(runner)
+    completed = runner.service.get_task_executions(execution_id)[0].name
+    changed = FlowRunner(runner.service)
+    changed.register_flow_template(FlowTemplate("abc", [Step(Outside(), "weigh again"), Step(Outside(), "b")]))
+    changed.reschedule_flow_execution(execution_id)
+    changed.re_run_flow()
+    command = f"re-run: ebbs runs reschedule {execution_id} --from-task {completed}\n"
+    assert command in ebbs("runs", "list").stdout
+    assert command in ebbs("runs", "show", execution_id).stdout
+
+
 def test_one_command_says_what_failed_and_why_and_how_to_re_run_it(ebbs: Ebbs, runner: FlowRunner) -> None:
     execution_id = failed_flow(runner)
     listed = ebbs("runs", "list")

@@ -657,6 +657,13 @@ def test_a_deploy_that_changes_what_is_completed_parks_the_execution_with_both_l
     assert "TemplateMismatchError" in last.reason
     assert str(["a", "b"]) in last.reason
     assert str(now) in last.reason
+    # The way out that it names leads on, from what stands there now.
+    differs = next(name for index, name in enumerate(["a", "b"]) if now[index : index + 1] != [name])
+    assert last.reason.endswith(f"from_task={differs!r}")
+    runner.reschedule_flow_execution(execution_id, from_task=differs)
+    done = runner.re_run_flow()
+    assert done is not None
+    assert done.status is FlowStatus.SUCCEEDED
 
 
 def test_an_interrupt_just_after_a_checkpoint_hands_back_what_follows_it(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -67,7 +69,7 @@ def print_run(
     _print_transitions(console, transitions)
     _print_failure(console, execution, attempts, full=full)
     _print_context(console, execution, full=full)
-    _print_what_next(console, execution, now)
+    _print_what_next(console, execution, transitions[-1].reason if transitions else None, now)
 
 
 def _print_state(
@@ -231,19 +233,31 @@ def value_text(encoded: EncodedValue, limit: int | None) -> str:
     return safe(text)
 
 
-def _print_what_next(console: Console, execution: FlowExecution, now: datetime) -> None:
-    lines = _what_next(execution, now)
+def _print_what_next(console: Console, execution: FlowExecution, reason: str | None, now: datetime) -> None:
+    lines = _what_next(execution, reason, now)
     if lines:
         console.print()
     for line in lines:
         console.print(Text(safe(line), style="bold"))
 
 
-def _what_next(execution: FlowExecution, now: datetime) -> list[str]:
+def re_run_command(execution_id: int, reason: str | None) -> str:
+    """The command that re-runs what has failed, from the task that the reason names if it names one: where the template
+    has changed, an execution cannot go on where it was.
+    """
+    named = _FROM_TASK.search(reason or "")
+    further_back = f" --from-task {shlex.quote(named[2])}" if named else ""
+    return f"ebbs runs reschedule {execution_id}{further_back}"
+
+
+_FROM_TASK = re.compile(r"""^TemplateMismatchError: .* from_task=(['"])([^\\]*)\1$""", re.DOTALL)
+
+
+def _what_next(execution: FlowExecution, reason: str | None, now: datetime) -> list[str]:
     """What follows, and the command for it where it takes a person."""
     execution_id, status = execution.execution_id, execution.status
     if status is FlowStatus.FAILED:
-        lines = [f"re-run: ebbs runs reschedule {execution_id}"]
+        lines = [f"re-run: {re_run_command(execution_id, reason)}"]
         if execution.current_task_index > 0:
             lines.append("        --from-task NAME goes further back")
         return lines

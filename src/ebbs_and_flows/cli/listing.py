@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ebbs_and_flows.cli.details import re_run_command
 from ebbs_and_flows.cli.terminal import cell, distance, duration, open_console, print_trimmed, safe, status_text
 from ebbs_and_flows.errors import UnknownExecutionError
 from ebbs_and_flows.executions import RUNNABLE_STATUSES, FlowExecution, FlowStatus
@@ -84,7 +85,7 @@ def print_rows(rows: Sequence[ListedRun], now: datetime) -> None:
         console.print(
             Text.assemble((f"{execution_id} failed{where}: ", "bold"), safe(row.reason or "no reason is recorded"))
         )
-        console.print(f"  re-run: ebbs runs reschedule {execution_id}")
+        console.print(f"  re-run: {safe(re_run_command(execution_id, row.reason))}")
         console.print(f"  more:   ebbs runs show {execution_id}")
 
 
