@@ -168,7 +168,8 @@ class Dispatcher:
                 self._recover(now)
                 self._write(now)
                 is_done = self._turns_handed_over == 0 and until_idle and self._is_idle(now)
-                self.outage.over()
+                if self._turns_handed_over == 0:  # else nobody has answered yet: `_written_beside` notes what they say
+                    self.outage.over()
         elif self._turns_handed_over > 0:
             self._hand_over_next()
         if self.is_stopping:
@@ -224,7 +225,7 @@ class Dispatcher:
         """When there is something to ask the database, or to tell it."""
         times = [now + self._settings.poll_seconds]
         if self._ends:
-            times.append(now + self._ends.wait_seconds)
+            times.append(self._ends.due_at(now))
         if not self.is_stopping:
             times.append(self._next_recovery_at)
             if len(self.runs) < self._settings.concurrency:

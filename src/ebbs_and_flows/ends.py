@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ebbs_and_flows.checkpoints import Checkpoint, Claim, Recorded, Rest, Verdict
 from ebbs_and_flows.errors import UnknownExecutionError
+from ebbs_and_flows.executions import TaskStatus
 from ebbs_and_flows.lanes import Run
 from ebbs_and_flows.logs import logger
 from ebbs_and_flows.persistence.batches import CheckpointBatch
@@ -73,38 +75,49 @@ class Ends:
         self._lease_seconds = lease_seconds
         self._goes_on = goes_on
         self._waiting: list[End] = []
-        self.wait_seconds = FIRST_WAIT_SECONDS
-        """After how long what is left is to be written again."""
-        self.new = 0
-        """How many have not been tried yet."""
+        self._left: list[End] = []
+        """What somebody had locked: it is behind all that nobody has tried yet, and has its own time."""
+        self._wait_seconds = FIRST_WAIT_SECONDS
+        self._again_at = 0.0
 
     def __bool__(self) -> bool:
-        return bool(self._waiting)
+        return bool(self._waiting or self._left)
+
+    @property
+    def new(self) -> int:
+        """How many are to be written as soon as can be."""
+        return len(self._waiting)
+
+    def due_at(self, now: float) -> float:
+        """When the next one is to be written, if there is any."""
+        return now if self._waiting else max(now, self._again_at)
 
     def add(self, run: Run, verdict: Verdict) -> None:
         """An attempt has ended."""
         self._waiting.append(End(run, verdict))
-        self.new += 1
 
     def forget(self, run: Run) -> None:
         """Its end is of no interest any more: it would be refused."""
         self._waiting = [each for each in self._waiting if each.run is not run]
+        self._left = [each for each in self._left if each.run is not run]
 
     def next_turn(self, most: int) -> Turn:
         """Take out what is to be written now, at most so many ends. In the thread of the worker's loop."""
         most = min(most, WRITE_BATCH)
         taken, self._waiting = self._waiting[:most], self._waiting[most:]
+        if self._left and time.monotonic() >= self._again_at:
+            room = most - len(taken)
+            taken += self._left[:room]
+            self._left = self._left[room:]
         ends = {each.run.execution_id: each for each in taken}
         # In the order of their ids: of two that lock several, neither can wait for the other.
         goes_on = self._goes_on()
         batch = self._service.batch_of([self._checkpoint(ends[each], goes_on) for each in sorted(ends)])
-        self.new = min(self.new, len(self._waiting))
         return Turn(ends, batch)
 
     def put_back(self, turn: Turn) -> None:
         """Let what was taken out for a turn wait on, as what nobody has tried to write."""
         self._waiting = [*turn.ends.values(), *self._waiting]
-        self.new += len(turn.ends)
 
     def write(self, turn: Turn) -> None:
         """Write a turn, in one transaction. Commits. In any thread; what comes of it, also an error, stands in the turn
@@ -132,8 +145,12 @@ class Ends:
             raise turn.error
         if turn.ends:
             left = [end for execution_id, end in turn.ends.items() if execution_id not in turn.recorded]
-            self._waiting = [*left, *self._waiting]
-            self.wait_seconds = min(2 * self.wait_seconds, LONGEST_WAIT_SECONDS) if left else FIRST_WAIT_SECONDS
+            self._left += left
+            if left:
+                self._again_at = time.monotonic() + self._wait_seconds
+                self._wait_seconds = min(2 * self._wait_seconds, LONGEST_WAIT_SECONDS)
+            elif not self._left:
+                self._wait_seconds = FIRST_WAIT_SECONDS
         return [(turn.ends[execution_id], each) for execution_id, each in turn.recorded.items()]
 
     def _checkpoint(self, end: End, goes_on: bool) -> Checkpoint:
@@ -185,6 +202,11 @@ class Ends:
         """Read back what was refused, where that may be because an earlier try was committed without an answer."""
         for checkpoint in turn.batch.checkpoints:
             execution_id = checkpoint.execution_id
-            if turn.ends[execution_id].run.was_tried and turn.recorded.get(execution_id, checkpoint) is None:
-                with suppress(UnknownExecutionError):
-                    turn.recorded[execution_id] = self._service.outcome_of(checkpoint)
+            end = turn.ends[execution_id]
+            if not end.run.was_tried or turn.recorded.get(execution_id, checkpoint) is not None:
+                continue
+            written = checkpoint
+            if end.verdict.succeeded is not (checkpoint.end.status is TaskStatus.SUCCEEDED):
+                written = self._checkpoint(end, self._goes_on())  # what it returned was refused meanwhile
+            with suppress(UnknownExecutionError):
+                turn.recorded[execution_id] = self._service.outcome_of(written)

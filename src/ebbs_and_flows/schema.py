@@ -30,6 +30,7 @@ from ebbs_and_flows.persistence.databases import (
 from ebbs_and_flows.persistence.isolation import connect
 from ebbs_and_flows.persistence.postgresql import PostgreSQL
 from ebbs_and_flows.persistence.sqlite import SQLite
+from ebbs_and_flows.persistence.sqlite_batches import forget_view
 from ebbs_and_flows.persistence.tables import build_tables
 from ebbs_and_flows.persistence.timeouts import (
     LOCK_TIMEOUT_SECONDS,
@@ -453,6 +454,8 @@ def _begin(connection: Connection, schema: str | None) -> None:
             "target", connection, "a Connection with transactions, not at AUTOCOMMIT, so that all is done or nothing"
         )
     _database(connection).begin_write(connection)
+    if connection.dialect.name == "sqlite":
+        forget_view(connection)
 
 
 def _wait_for_turn(connection: Connection) -> None:

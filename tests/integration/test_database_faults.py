@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, event, make_url, text
+from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -26,8 +26,8 @@ from ebbs_and_flows import (
     task,
     wait_for_stop,
 )
-from tests.integration.flows import Outside, abc
-from tests.waiting import wait_until
+from tests.integration.flows import Gate, Outside, abc
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 pytestmark = pytest.mark.usefixtures("sound_history")
 
@@ -155,13 +155,7 @@ def test_a_full_disk_loses_nothing(database_url: str, service: FlowService) -> N
         is_full.wait()
         return "x" * 500_000
 
-    engine = create_engine(database_url)
-
-    @event.listens_for(engine, "checkout")
-    def bound(connection: sqlite3.Connection, *_: object) -> None:
-        pages = connection.execute("PRAGMA page_count").fetchone()[0]
-        connection.execute(f"PRAGMA max_page_count = {pages + 20 if is_full.is_set() else 2**30}")
-
+    engine = engine_on_a_disk(database_url, is_full)
     with FlowService(engine) as bounded:
         runner = FlowRunner(bounded)
         runner.register_flow_template(FlowTemplate("write", [write]))
@@ -176,6 +170,49 @@ def test_a_full_disk_loses_nothing(database_url: str, service: FlowService) -> N
             wait_until(lambda: is_done(service, execution_id))
     engine.dispose()
     assert len(service.get_task_executions(execution_id)) == 1
+
+
+@ON_SQLITE
+def test_a_worker_knows_that_it_cannot_write_while_it_can_read_and_others_run(database_url: str) -> None:
+    """What is written beside the loop has not been written before it says so."""
+    is_full = threading.Event()
+    runs = Gate("runs")
+
+    class Write(Gate):
+        def run(self, context: ExecutionContext) -> ExecutionContext:
+            return super().run(context).copy(page="x" * 500_000)
+
+    writes = Write("writes")
+    engine = engine_on_a_disk(database_url, is_full)
+    with FlowService(engine) as bounded:
+        runner = FlowRunner(bounded)
+        runner.register_flow_template(FlowTemplate("runs", [runs]))
+        runner.register_flow_template(FlowTemplate("writes", [writes]))
+        ids = [runner.schedule_flow("runs"), runner.schedule_flow("writes")]
+        with Worker(runner, lease_seconds=1, poll_seconds=0.2).running() as worker:
+            assert runs.entered.acquire(timeout=PATIENCE_SECONDS)
+            assert writes.entered.acquire(timeout=PATIENCE_SECONDS)
+            is_full.set()
+            writes.opened.set()
+            wait_until(lambda: not worker.health().is_healthy)
+            assert "full" in (worker.health().outage or "")
+            is_full.clear()
+            runs.opened.set()
+            wait_until(lambda: all(is_done(bounded, each) for each in ids))
+            wait_until(lambda: worker.health().is_healthy)
+    engine.dispose()
+
+
+def engine_on_a_disk(database_url: str, is_full: threading.Event) -> Engine:
+    """An engine of SQLite for which the disk may be full."""
+    engine = create_engine(database_url)
+
+    @event.listens_for(engine, "checkout")
+    def bound(connection: sqlite3.Connection, *_: object) -> None:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages + 20 if is_full.is_set() else 2**30}")
+
+    return engine
 
 
 @ON_SQLITE

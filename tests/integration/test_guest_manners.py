@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.types.string import StrDumper
 from sqlalchemy import (
     Column,
     Engine,
@@ -491,3 +492,41 @@ def test_a_host_that_begins_its_transactions_itself_goes_on_doing_so(host_engine
 
     live(runner_on(engine))
     assert began
+
+
+@pytest.mark.parametrize("database", ["postgresql"])
+def test_a_host_may_have_its_driver_send_texts_as_texts(database_url: str) -> None:
+    engine = create_engine(database_url)
+
+    @event.listens_for(engine, "connect")
+    def adapt(connection: Any, _record: object) -> None:
+        connection.adapters.register_dumper(str, StrDumper)
+
+    with FlowService(engine) as service:
+        runner = FlowRunner(service)
+        runner.register_flow_template(FlowTemplate("t", [task(lambda: "a", outputs="a", name="a"), task(lambda: None)]))
+        runner.schedule_flow("t")
+        done = runner.run_flow()
+        assert done is not None
+        assert done.status is FlowStatus.SUCCEEDED
+    engine.dispose()
+
+
+@pytest.mark.parametrize("database", ["sqlite"])
+def test_a_host_may_rename_its_tables_when_those_of_the_library_are_gone(database_url: str) -> None:
+    engine = create_engine(database_url)
+    with FlowService(engine) as service:
+        runner = FlowRunner(service)
+        runner.register_flow_template(FlowTemplate("t", [task(lambda: None)]))
+        runner.schedule_flow("t")
+        Worker(runner).run(until_idle=True)
+        schema.downgrade(engine, "base")
+        with engine.begin() as connection:
+            connection.execute(text("CREATE TABLE ours (number INTEGER)"))
+            connection.execute(text("ALTER TABLE ours RENAME TO renamed"))
+        schema.upgrade(engine)
+        runner.schedule_flow("t")
+        Worker(runner).run(until_idle=True)
+        (execution,) = service.find_flow_executions()
+        assert execution.status is FlowStatus.SUCCEEDED
+    engine.dispose()

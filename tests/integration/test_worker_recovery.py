@@ -367,6 +367,42 @@ def test_what_the_database_will_never_store_fails_its_attempt_and_no_other(
     assert "The database refused to store what the task returned." in (attempt.output or "")
 
 
+@pytest.mark.parametrize("database", ["postgresql"])
+def test_what_somebody_has_locked_holds_up_none_of_the_others_and_is_not_asked_for_all_the_time(
+    service: FlowService, runner: FlowRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of what is in flight is locked, and ends first."""
+    first, second = Gate("first"), Gate("second")
+    runner.register_flow_template(FlowTemplate("first", [first]))
+    runner.register_flow_template(FlowTemplate("second", [second]))
+    locked = runner.schedule_flows("first", [{}] * 30)
+    others = runner.schedule_flows("second", [{}] * 10)
+    turns = []
+    turn = FlowService.turn
+    monkeypatch.setattr(FlowService, "turn", lambda *given, **named: turns.append(given) or turn(*given, **named))
+    with Worker(runner, concurrency=40, poll_seconds=0.2).running():
+        for _ in locked:
+            assert first.entered.acquire(timeout=PATIENCE_SECONDS)
+        for _ in others:
+            assert second.entered.acquire(timeout=PATIENCE_SECONDS)
+        with service.engine.connect() as somebody:
+            of_these = {"ids": locked}
+            statement = "SELECT 1 FROM ebbs_flow_executions WHERE execution_id = ANY(:ids) FOR UPDATE"
+            somebody.execute(text(statement), of_these)
+            first.opened.set()
+            wait_until(lambda: len(turns) > 3, "a few tries")
+            second.opened.set()
+            wait_until(lambda: all(is_done(service, each) for each in others), "the end of the others")
+            turns.clear()
+            threading.Event().wait(1.0)
+            assert len(turns) < 50
+        wait_until(lambda: all(is_done(service, each) for each in locked), "the end of those that were locked")
+
+
+def is_done(service: FlowService, execution_id: int) -> bool:
+    return service.get_flow_execution(execution_id).status is FlowStatus.SUCCEEDED
+
+
 @pytest.mark.parametrize("damage", ["""entry_types = '{"other": "int"}'""", "dropped = '17'"])
 def test_a_damaged_context_parks_its_execution_and_no_other(
     service: FlowService, runner: FlowRunner, worker: Worker, outside: Outside, damage: str

@@ -105,9 +105,9 @@ WITH held AS MATERIALIZED (
         failure = %(failure)s,
         error_type = %(error_type)s,
         output = %(output)s,
-        entries = %(entries)s,
-        entry_types = %(entry_types)s,
-        dropped = %(dropped)s,
+        entries = CAST(%(entries)s AS JSON),
+        entry_types = CAST(%(entry_types)s AS JSON),
+        dropped = CAST(%(dropped)s AS JSON),
         finished_at = moved.updated_at
     FROM moved
     WHERE attempt.flow_execution_id = %(execution_id)s

@@ -286,6 +286,14 @@ def _has_view(connection: Connection) -> bool:
     return bool(connection.info[_VIEW_KEY])
 
 
+def forget_view(connection: Connection) -> None:
+    """Take the view away again: with it, SQLite refuses to rename tables while one of those it names is not there
+    (https://sqlite.org/lang_altertable.html).
+    """
+    connection.exec_driver_sql("DROP VIEW IF EXISTS temp.ebbs_checkpoints")  # and its triggers
+    connection.info.pop(_VIEW_KEY, None)
+
+
 def begin_write(connection: Connection) -> None:
     """Take the write lock at once: a transaction that read first and writes later could be refused without waiting."""
     if not connection.in_transaction():
