@@ -252,10 +252,10 @@ def _explain_on_sqlite(connection: Connection, statement: str, parameters: Any) 
     if VIEW in statement:
         # Of what triggers do, nothing is said: their statements are explained one by one.
         triggers = connection.exec_driver_sql("SELECT sql FROM sqlite_temp_master WHERE type = 'trigger'").scalars()
-        bodies = [re.sub(r"NEW\.\w+", "?1", trigger.partition("BEGIN")[2]) for trigger in triggers]
+        bodies = [re.sub(r"NEW\.\w+", "1", trigger.partition("BEGIN")[2]) for trigger in triggers]
         done = [each for body in bodies for each in re.findall(r"(?:UPDATE|INSERT)[^;]+", body)]
         assert len(done) == 6
-        return [plan for each in done for plan in _explain_on_sqlite(connection, each, (1,))]
+        return [plan for each in done for plan in _explain_on_sqlite(connection, each, ())]
     rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
     details = [row.detail for row in rows]
     searched, walked = set(), set()
