@@ -11,10 +11,11 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from ebbs_and_flows import schema as database_schema, steps
 from ebbs_and_flows.arguments import (
@@ -131,9 +132,14 @@ class FlowService:
         return f"<FlowService {self.engine.url.render_as_string(hide_password=True)}>"
 
     def close(self) -> None:
-        """Close the connections of an engine that was made here; a given engine is left alone."""
+        """Close the connections of an engine that was made here; a given engine is left alone.
+
+        One that is in use just now, in a thread that is about to end, is closed when it is given back.
+        """
         if self._owns_engine:
+            pool = self.engine.pool
             self.engine.dispose()
+            event.listen(pool, "checkin", _close_late)
 
     # --- create and schedule ------------------------------------------------------------------------------------------
 
@@ -910,6 +916,10 @@ class FlowService:
 def initial_delta(context: ExecutionContext | Mapping[str, Any] | None) -> ContextDelta:
     """What an execution begins with, encoded: from here on the caller may change its objects as it likes."""
     return as_context({} if context is None else context).delta_from(NO_CONTEXT)
+
+
+def _close_late(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.invalidate()
 
 
 def _dispose_in(process: int, engine: Engine) -> None:

@@ -220,3 +220,17 @@ def test_a_database_that_is_read_only_says_so_and_nothing_is_half_done(tmp_path:
         with pytest.raises(OperationalError, match="readonly"):
             runner.schedule_flow("t")
         assert service.find_flow_executions() == []
+
+
+@pytest.mark.parametrize("database", ["postgresql"])
+def test_a_connection_that_is_in_use_as_its_service_is_closed_is_closed_when_it_is_given_back(
+    database_url: str,
+) -> None:
+    service = FlowService(database_url)
+    connection = service.engine.connect()
+    driver_connection = connection.connection.driver_connection
+    service.close()
+    connection.close()
+    assert driver_connection.closed
+    assert service.find_flow_executions() == [], "it can still be used"
+    service.close()
