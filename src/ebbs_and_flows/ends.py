@@ -90,7 +90,8 @@ class Ends:
 
     def due_at(self, now: float) -> float:
         """When the next one is to be written, if there is any."""
-        return now if self._waiting else max(now, self._again_at)
+        # What has just arrived is written as it arrives; this is for what one turn has no room for.
+        return now + FIRST_WAIT_SECONDS if self._waiting else max(now, self._again_at)
 
     def add(self, run: Run, verdict: Verdict) -> None:
         """An attempt has ended."""
