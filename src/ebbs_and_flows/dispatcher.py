@@ -291,10 +291,11 @@ class Dispatcher:
         if not is_time or is_interrupted or self._local.holds_the_write_lock:
             return
         turn = self._ends.next_turn(self._half())
-        room = self._settings.concurrency - len(self.runs) - pending + turn.resting
+        resting = turn.resting
+        room = self._settings.concurrency - len(self.runs) - pending + resting
         is_worth_it = 2 * room >= self._settings.concurrency or now >= self._claimed_at + CLAIM_PATIENCE_SECONDS
         if is_worth_it and not self._is_claiming:
-            turn.wanted = self._wanted(now, pending, turn.resting)
+            turn.wanted = self._wanted(now, pending, resting)
         if not self._hand_over(turn):
             self._ends.put_back(turn)
             self._has_more = self._has_more or turn.wanted is not None

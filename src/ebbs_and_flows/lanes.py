@@ -245,7 +245,7 @@ class LocalLane(Lane):
             self._waiting_transactions.append(run)
             self.start_what_can()
         else:
-            Lane.add(self, run)
+            super().add(run)
 
     @property
     def holds_the_write_lock(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 
 from ebbs_and_flows.persistence.isolation import connect, isolated
+from ebbs_and_flows.persistence.postgresql import NOTIFY
 
 POLL_SECONDS = 0.5
 """How long it waits for its socket before it asks the driver, which may have read ahead."""
@@ -22,8 +23,6 @@ RECONNECT_SECONDS = 5.0
 
 HEARING_SECONDS = 2.0
 """How long what is said may take through a pooler; after that it is not heard at all."""
-
-_NOTIFY = text("SELECT pg_notify(CAST(:channel AS TEXT), '')")
 
 
 class CannotListenError(Exception):
@@ -109,7 +108,7 @@ class Listener:
         channel = f"ebbs_trial_{secrets.token_hex(8)}"
         connection.exec_driver_sql(f'LISTEN "{channel}"')
         with connect(self._engine) as other:
-            other.execute(_NOTIFY, {"channel": channel})
+            other.execute(NOTIFY, {"channel": channel})
         deadline = time.monotonic() + HEARING_SECONDS
         while not self._stopped.is_set():
             if self._hears(driver, selector, max(0.0, min(POLL_SECONDS, deadline - time.monotonic()))):

@@ -83,7 +83,7 @@ class PostgreSQL:
         return bool(connection.scalar(_TRY_LOCK, {"number": number, "table_name": table_name}))
 
     def announce(self, connection: Connection, channel: str) -> None:
-        connection.execute(_NOTIFY, {"channel": channel})
+        connection.execute(NOTIFY, {"channel": channel})
 
     def lives_in_memory(self, engine: Engine) -> bool:
         return False
@@ -102,7 +102,7 @@ _TRY_LOCK = text(
     "CAST(:number AS BIGINT) # CAST(CAST(CAST(:table_name AS REGCLASS) AS OID) AS BIGINT))"
 )
 _DISCARD_PLANS = text("DISCARD PLANS")
-_NOTIFY = text("SELECT pg_notify(CAST(:channel AS TEXT), '')")
+NOTIFY = text("SELECT pg_notify(CAST(:channel AS TEXT), '')")
 
 
 def create_postgresql_engine(url: URL) -> Engine:
